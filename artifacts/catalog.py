@@ -7,6 +7,7 @@ same views in a file for any DuckDB client.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from artifacts.errors import QueryError
-from artifacts.schemas import JUDGED, RESPONSE, STORED, Column
+from artifacts.schemas import NESTED, RESPONSE, STORED, Column
 from artifacts.store import MANIFEST, Store
 
 if TYPE_CHECKING:
@@ -91,8 +92,13 @@ def user_query(store: Store, sql: str, time_limit: float = TIME_LIMIT) -> Table:
         return _within(connection, sql, time_limit)
 
 
-def write_database(store: Store) -> Path:
-    """Write `<store>/tribunal.duckdb`, holding the views only, for any DuckDB client."""
+def write_database(store: Store) -> Path | None:
+    """Write `<store>/tribunal.duckdb`, holding the views only, for any DuckDB client.
+
+    None for a store in object storage, where a client needs its own means to read the files.
+    """
+    if store.place.filesystem() is not None:
+        return None
     final = store.root / "tribunal.duckdb"
     draft = store.root / f".tribunal-{os.getpid()}.duckdb"
     draft.unlink(missing_ok=True)
@@ -131,57 +137,59 @@ def _over_trials(trials: pl.DataFrame, sql: str) -> pl.DataFrame:
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: bool) -> None:
-    connection.execute(_artifacts_view(store))
+    """All views; with `glob`, such that they also show what is put later."""
+    filesystem = store.place.filesystem()
+    if filesystem is not None:
+        connection.register_filesystem(filesystem)
+    manifests = list(store.manifests())
+    if not (glob and manifests):
+        told = [json.dumps(m.__dict__) for m in manifests]
+        connection.execute(
+            "CREATE TABLE stored_manifests AS SELECT unnest($1::VARCHAR[])::JSON AS m", [told]
+        )
+    connection.execute(_artifacts_view(store, glob and bool(manifests)))
+    whole = store.whole_data(manifests)
     for kind, columns in STORED.items():
-        files = _data_files(store, kind, glob)
+        files = whole.get(kind, [])
+        if glob and files:
+            files = [str(store.root / kind / "*" / "data.parquet")]
         connection.execute(f"CREATE VIEW stored_{kind} AS {_stored(kind, columns, files)}")
     connection.execute(query_text("views"))
     for view, query in (("ranking", "rank"), ("pareto", "pareto"), ("leaderboard", "leaderboard")):
         connection.execute(f"CREATE VIEW {view} AS {query_text(query)}")
 
 
-def _data_files(store: Store, kind: str, glob: bool) -> list[str]:
-    """Data of a kind's complete artifacts; a torn one is left out (`store verify` names it)."""
-    whole = [
-        str(path)
-        for manifest in store.manifests(kind)
-        if (path := store.folder(kind, manifest.key) / manifest.data).exists()
-        and path.stat().st_size == manifest.bytes
-    ]
-    return [str(store.root / kind / "*" / "data.parquet")] if glob and whole else whole
-
-
 def _stored(kind: str, columns: tuple[Column, ...], files: list[str]) -> str:
     """SELECT over a kind's files; its declared columns exist even when it has none."""
     declared = [f"NULL::{c.type} AS {_quoted(c.name)}" for c in columns]
-    if kind in JUDGED:
+    if kind in NESTED:
         fields = ", ".join(f"{_quoted(c.name)} {c.type}" for c in RESPONSE)
         declared.append(f"NULL::STRUCT({fields})[] AS responses")
     empty = f"SELECT {', '.join(declared)}, NULL::VARCHAR AS key WHERE false"
     if not files:
         return empty
-    listed = ", ".join("'" + name.replace("'", "''") + "'" for name in files)
+    listed = ", ".join(map(_text, files))
     return (
         f"{empty} UNION ALL BY NAME SELECT * EXCLUDE (filename), "
-        "regexp_extract(filename, '([^/]+)/data.parquet$', 1) AS key "
+        "regexp_extract(filename, '([^/]+)/[^/]+$', 1) AS key "
         f"FROM read_parquet([{listed}], union_by_name = true, filename = true)"
     )
 
 
-def _artifacts_view(store: Store) -> str:
-    """A view of every manifest that is JSON."""
+def _artifacts_view(store: Store, glob: bool) -> str:
+    """A view of every manifest."""
     texts = ("kind", "key", "sha256")
     numbers = ("version", "rows", "bytes")
     trees = ("identity", "inputs", "notes", "provenance")
-    pattern = str(store.root / "*" / "*" / MANIFEST).replace("'", "''")
     fields = ", ".join(
         [f"m->>'{name}' AS {name}" for name in texts]
         + [f"(m->>'{name}')::BIGINT AS {name}" for name in numbers]
         + [f"m->'{name}' AS {name}" for name in trees]
     )
-    source = f"SELECT try(decode(content)::JSON) AS m FROM read_blob('{pattern}')"
-    if not any(True for _ in store.manifests()):
-        source = "SELECT NULL::JSON AS m WHERE false"
+    source = "FROM stored_manifests"
+    if glob:
+        pattern = _text(str(store.root / "*" / "*" / MANIFEST))
+        source = f"SELECT try(decode(content)::JSON) AS m FROM read_blob({pattern})"
     return f"""CREATE VIEW artifacts AS SELECT kind, key, version, rows, bytes, sha256,
         (provenance->>'seconds')::DOUBLE AS seconds, provenance->>'created' AS created,
         identity, inputs, notes, provenance
@@ -189,13 +197,12 @@ def _artifacts_view(store: Store) -> str:
 
 
 def _lock_down(connection: duckdb.DuckDBPyConnection, store: Store) -> None:
-    root = str(store.root).replace("'", "''")
     for setting in (
         f"memory_limit = '{MEMORY_LIMIT}'",
         "temp_directory = ''",
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
-        f"allowed_directories = ['{root}']",
+        f"allowed_directories = [{_text(store.location)}]",
         "enable_external_access = false",
         "lock_configuration = true",
     ):
@@ -219,6 +226,11 @@ def _within(connection: duckdb.DuckDBPyConnection, sql: str, time_limit: float) 
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split("\n\n")[0].split())
+
+
+def _text(value: str) -> str:
+    """A string as an SQL literal."""
+    return "'" + value.replace("'", "''") + "'"
 
 
 def _quoted(name: str) -> str:

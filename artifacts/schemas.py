@@ -218,6 +218,32 @@ LEADERBOARD = _columns("""
     pareto | BOOLEAN | no ungated trial is as good in all three and better in one
 """)
 
+DRIFT = _columns("""
+    protocol | VARCHAR | the study's protocol
+    arm | VARCHAR | search preset of the frozen trial, or unedited: the model beside it
+    trial | BIGINT | the frozen trial; NULL: unedited
+    number | BIGINT | of the comparison of this study's winner, from 0; the last one holds
+    measured | BOOLEAN | whether it was measured again; false: nothing had changed
+    metric | VARCHAR | refusals, overrefusals, degenerate: 0-1; kl: nats; mean_tokens: tokens
+    before | DOUBLE | on the test split, when the winner was frozen
+    after | DOUBLE | on the test split, now
+    difference | DOUBLE | after - before; NULL: one of them is not finite
+    low | DOUBLE | lower end of its 95 % interval; NULL: not measured again, or not finite
+    high | DOUBLE | upper end of its 95 % interval; NULL: as low
+    n_before | BIGINT | prompts before
+    n_after | BIGINT | prompts now
+    n_paired | BIGINT | prompts that were met both times; the interval pairs them
+    change | VARCHAR | of this metric: unchanged (to the bit), within noise or drifted
+    place_before | BIGINT | place among the selection split's candidates, when the winner was frozen
+    place_after | BIGINT | place among the same candidates, now
+    candidates | BIGINT | trials that were compared on the selection split
+    gated_before | BOOLEAN | whether the frozen trial failed a gate on the test or selection split
+    gated_after | BOOLEAN | whether it fails one now
+    gate_reason | VARCHAR | split and gate it fails now, with the value; NULL: none
+    cause | VARCHAR | what differs from when the winner was frozen, joined by '; '; NULL: nothing
+    verdict | VARCHAR | of the winner: unchanged, within noise, drifted, lost its place or gated
+""")
+
 _POLARS = {
     "VARCHAR": "String",
     "BIGINT": "Int64",
@@ -263,11 +289,17 @@ STORED: dict[str, tuple[Column, ...]] = {
     "tests": TRIALS,
     "leaderboards": LEADERBOARD,
     "labels": LABELS,
+    "retests": TRIALS,
+    "reselections": TRIALS,
+    "drift": DRIFT,
 }
-JUDGED = ("generations", "selections", "tests")  # kinds with responses nested in their rows
+JUDGED = ("generations", "selections", "tests")  # a study's own trials
+REJUDGED = ("retests", "reselections")  # some of them measured again, later
+NESTED = (*JUDGED, *REJUDGED)  # kinds with responses nested in their rows
 
 _STUDY = Column("study", "VARCHAR", "name and the first six digits of the protocol")
 _KEY = Column("key", "VARCHAR", "key of the artifact that holds the row")
+_CREATED = Column("created", "VARCHAR", "when, UTC")
 _OF_TRIAL = (_STUDY, *TRIALS[1:5])
 
 VIEWS: dict[str, tuple[Column, ...]] = {
@@ -287,6 +319,8 @@ VIEWS: dict[str, tuple[Column, ...]] = {
     "labels": (_STUDY, *LABELS),
     "winners": (_STUDY, *WINNER),
     "leaderboard": (LEADERBOARD[0], _STUDY, *LEADERBOARD[1:]),
+    "drift": (_STUDY, *DRIFT, _CREATED, _KEY),
+    "remeasured": (_STUDY, *TRIALS, _CREATED, _KEY),
     "artifacts": _columns("""
         kind | VARCHAR | kind of artifact
         key | VARCHAR | its key

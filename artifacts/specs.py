@@ -8,7 +8,7 @@ fragments in flows/presets, merged under the config before it is validated.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -43,6 +43,30 @@ class Spec(BaseModel):
     """Immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _empty_means_preset(schema: dict[str, Any]) -> None:
+    """What a preset decides is optional in a form and starts empty: so a form overrides nothing.
+
+    The form is the one that Prefect's UI makes from the JSON schema; it sends every default back.
+    """
+    schema.pop("required", None)
+    for name, entry in schema["properties"].items():
+        if name != "preset":
+            entry.pop("default", None)
+
+
+def _sections_mean_preset(schema: dict[str, Any]) -> None:
+    """The same for the config's tables that a preset fills."""
+    schema["required"].remove("search")
+    for name in ("directions", "edit", "search", "judging"):
+        schema["properties"][name].pop("default", None)
+
+
+class PresetSpec(Spec):
+    """A table that the preset fills where a config does not."""
+
+    model_config = ConfigDict(json_schema_extra=_empty_means_preset)
 
 
 class PromptSource(Spec):
@@ -95,7 +119,7 @@ class ModelSpec(Spec):
     response_prefix: str | None = Field(None, description="None: detected; '': none")
 
 
-class DirectionSpec(Spec):
+class DirectionSpec(PresetSpec):
     """How residuals become directions."""
 
     winsorization: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -105,14 +129,14 @@ class DirectionSpec(Spec):
     projection: Literal["joint", "iconoclast"] = "joint"
 
 
-class EditSpec(Spec):
+class EditSpec(PresetSpec):
     """How a direction becomes an edit of a module."""
 
     row_normalization: Literal["none", "pre", "full"] = "none"
     frame: Literal["module", "residual"] = "residual"
 
 
-class KernelSpace(Spec):
+class KernelSpace(PresetSpec):
     """Ranges of one component's weight kernel."""
 
     max_weight: Rising
@@ -123,7 +147,7 @@ class KernelSpace(Spec):
     )
 
 
-class SearchSpace(Spec):
+class SearchSpace(PresetSpec):
     """Ranges of everything a trial samples."""
 
     direction_scope: Annotated[tuple[Scope, ...], Field(min_length=1)] = ("global", "per layer")
@@ -135,10 +159,10 @@ class SearchSpace(Spec):
     mlp_down_proj: KernelSpace
 
 
-class SearchSpec(Spec):
+class SearchSpec(PresetSpec):
     """The search. `trials` says how far the chain goes and is not part of a study's identity."""
 
-    preset: str = "strict"
+    preset: str = Field("strict", description="gives every field of the search that is left out")
     trials: Annotated[int, Field(ge=1)] = 48
     startup: Annotated[int, Field(ge=0)] = 16
     generation: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="trials asked at once")
@@ -156,7 +180,7 @@ class SearchSpec(Spec):
     space: SearchSpace
 
 
-class JudgingSpec(Spec):
+class JudgingSpec(PresetSpec):
     """How a response is produced and labelled."""
 
     labeller: Literal["heretic-33", "iconoclast-32", "prefix-strict"] = "heretic-33"
@@ -185,6 +209,8 @@ class SelectionSpec(Spec):
 
 class Config(Spec):
     """Everything that changes a result. One TOML file; every field but the model has a default."""
+
+    model_config = ConfigDict(json_schema_extra=_sections_mean_preset)
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=64)] = "study"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

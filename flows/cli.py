@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +19,18 @@ from rich.padding import Padding
 from artifacts.errors import ConfigError, TestSplitSpent, TribunalError
 from artifacts.store import Store
 from flows import display
+from flows.options import (
+    ConfigArgument,
+    Format,
+    FormatOption,
+    PairOption,
+    SetOption,
+    StudyOption,
+    TableOrJson,
+    open_store,
+)
 from flows.settings import Settings, config_names, load_config
+from flows.store_commands import store_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,39 +50,9 @@ app = typer.Typer(
     epilog="First steps: tribunal run; tribunal rank; tribunal show 0; "
     "tribunal sql 'SELECT * FROM leaderboard LIMIT 5'",
 )
-store_app = typer.Typer(help="Look after the artifact store.")
 organism_app = typer.Typer(help="The shipped model organism.")
 app.add_typer(store_app, name="store")
 app.add_typer(organism_app, name="organism")
-
-
-class Format(StrEnum):
-    """Forms of an answer."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
-class TableOrJson(StrEnum):
-    """Forms of an answer that is not one table."""
-
-    table = "table"
-    json = "json"
-
-
-ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="name of a shipped config, or a TOML file")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="change a field: --set search.trials=96"),
-]
-FormatOption = Annotated[Format, typer.Option("--format", help="how to print the answer")]
-PairOption = Annotated[TableOrJson, typer.Option("--format", help="how to print the answer")]
-StudyOption = Annotated[
-    str | None, typer.Option("--study", metavar="STUDY", help="default: the newest study")
-]
 
 
 def main() -> None:
@@ -102,11 +81,6 @@ def _fail(line: str, code: int, debug: bool) -> None:
         raise  # the error that is being handled
     print(f"tribunal: {line}", file=sys.stderr)  # noqa: T201
     raise SystemExit(code) from None
-
-
-def open_store() -> Store:
-    """The store of TRIBUNAL_STORE."""
-    return Store(Settings.from_environment().store)
 
 
 @app.command(epilog="Examples: tribunal run; tribunal run organism --set search.trials=96")
@@ -191,7 +165,7 @@ def _report(store: Store, config: Config, found: Benchmark, form: TableOrJson) -
     out.print(f"  tribunal show {study}/{winner['trial']}   all of the winner")
     out.print(f"  tribunal rank --study {study} --top {trials}   the whole ranking")
     out.print("  tribunal sql --schema   tables and columns to query")
-    out.print(f"  figure: {store.data_path(found.figure)}", soft_wrap=True)
+    out.print(f"  figure: {store.data_url(found.figure)}", soft_wrap=True)
 
 
 def _say_if_outrun(out: Console, store: Store, found: Benchmark, frozen: int) -> None:
@@ -420,92 +394,6 @@ def version() -> None:
     from importlib.metadata import version as installed
 
     typer.echo(f"tribunal {installed('tribunal')}")
-
-
-@store_app.command("path")
-def store_path() -> None:
-    """Print where the store is."""
-    typer.echo(str(open_store().root))
-
-
-@store_app.command("ls")
-def store_ls(
-    lineage: Annotated[
-        str | None, typer.Option("--lineage", metavar="KEY", help="what a key was made from")
-    ] = None,
-    form: FormatOption = Format.table,
-) -> None:
-    """List the artifacts, or one and all that it was made from."""
-    from artifacts.catalog import Table
-
-    store = open_store()
-    if lineage is not None:
-        kind, key = _find_key(store, lineage)
-        manifests = store.lineage(kind, key)
-    else:
-        manifests = list(store.manifests())
-    columns = ("kind", "key", "rows", "bytes", "created", "sha256")
-    rows = tuple(
-        (m.kind, m.key, m.rows, m.bytes, m.provenance["created"], m.sha256) for m in manifests
-    )
-    if form is not Format.table:
-        typer.echo(display.as_text(Table(columns, rows), form))
-        return
-    out = display.console()
-    shown = [[k, key[:12], str(n), display.size(b), made] for k, key, n, b, made, _ in rows]
-    display.print_rows(out, columns[:5], shown)
-    out.print(f"{len(rows)} artifacts, {display.size(sum(row[3] for row in rows))}")
-
-
-def _find_key(store: Store, start: str) -> tuple[str, str]:
-    """The artifact whose key begins with `start`."""
-    found = [(kind, key) for kind, key in store.entries() if start and key.startswith(start)]
-    if len(found) != 1:
-        raise ConfigError(
-            f"{len(found) or 'no'} keys begin with '{start}'; see: tribunal store ls --format csv"
-        )
-    return found[0]
-
-
-@store_app.command("verify")
-def store_verify() -> None:
-    """Read every artifact and hold it against its manifest; exit code 1 if any is corrupt."""
-    from artifacts.errors import StoreError
-
-    store = open_store()
-    keys = list(store.entries())
-    bad = []
-    started = time.monotonic()
-    for kind, key in keys:
-        try:
-            store.check(kind, key)
-        except StoreError as error:
-            bad.append(str(error))
-    for line in bad:
-        typer.echo(line)
-    seconds = time.monotonic() - started
-    typer.echo(f"{len(keys) - len(bad)} of {len(keys)} artifacts are whole ({seconds:.1f} s)")
-    if bad:
-        typer.echo("corrupt artifacts are set aside and rebuilt by the next run that needs them")
-        raise typer.Exit(1)
-
-
-@store_app.command("gc")
-def store_gc(
-    yes: Annotated[bool, typer.Option("--yes", help="delete; without it, only list")] = False,
-) -> None:
-    """Free what no finished study reaches: leftovers, quarantine, orphans."""
-    from flows.housekeeping import unreachable
-
-    store = open_store()
-    doomed = unreachable(store)
-    freed = sum(place.bytes for place in doomed)
-    for place in doomed:
-        typer.echo(f"{place.why:<12} {display.size(place.bytes):>9}  {place.path.name}")
-        if yes:
-            place.delete()
-    verb = "freed" if yes else "to free with --yes"
-    typer.echo(f"{len(doomed)} places, {display.size(freed)} {verb}")
 
 
 @organism_app.command("train")

@@ -1,62 +1,108 @@
-"""What the store can free: leftovers, quarantine, and artifacts no finished study reaches."""
+"""What the store can free, and whether it is whole.
+
+Kept is what any study, winner, figure or measurement was made from, a study's generations, all that
+a running build has looked for, and whatever is young.
+"""
 
 from __future__ import annotations
 
-import shutil
-import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from artifacts.errors import StoreError
-from artifacts.store import LEFTOVER_AGE, Store
+from artifacts.store import MANIFEST, Manifest, Store
 
-ROOTS = ("leaderboards", "figures", "labels", "winners", "tests")
+ROOTS = ("studies", "winners", "tests", "leaderboards", "figures", "labels", "drift")
+OF_A_STUDY = ("generations", "selections")  # belong to a study that made their protocol
+READERS = 8
+
+Node = tuple[str, str]  # kind and key
 
 
 @dataclass(frozen=True)
-class Place:
+class Doomed:
     """A folder that can go, and why."""
 
-    path: Path
+    path: str
     why: str
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-
-    def delete(self) -> None:
-        shutil.rmtree(self.path)
+    bytes: int
 
 
-def unreachable(store: Store) -> list[Place]:
-    """Folders that nothing needs. Artifacts younger than an hour may belong to a running build."""
-    now = time.time()
-    kept = reachable(store)
-    places = [Place(path, "leftover") for path in store.leftovers(now)]
-    for kind, key in store.entries():
-        folder = store.folder(kind, key)
-        if store.find(kind, key) is None:
-            places.append(Place(folder, "corrupt"))
-        elif key not in kept and now - folder.stat().st_mtime > LEFTOVER_AGE:
-            places.append(Place(folder, f"orphan {kind}"))
-    return places
+def unreachable(store: Store) -> list[Doomed]:
+    """Folders that nothing needs. Reads manifests and sizes, no data; changes nothing."""
+    manifests = {(m.kind, m.key): m for m in store.manifests()}
+    kept, sizes = reachable(manifests, _in_use(store)), store.place.sizes("")
 
+    def doomed(path: str, why: str) -> Doomed:
+        return Doomed(path, why, sum(n for file, n in sizes.items() if file.startswith(f"{path}/")))
 
-def reachable(store: Store) -> set[str]:
-    """Keys of everything a finished study was made from, its name included."""
-    found: set[str] = set()
-    for manifest in store.manifests():
-        if manifest.kind in ROOTS:
-            found |= _lineage(store, manifest.kind, manifest.key)
-            found |= {str(manifest.notes["selection"])} if "selection" in manifest.notes else set()
-    for manifest in store.manifests():
-        if manifest.kind == "studies" and manifest.inputs["protocol"]["key"] in found:
-            found.add(manifest.key)
+    found = [doomed(path, "leftover") for path in store.place.abandoned()]
+    for node in store.entries():
+        path = "/".join(node)
+        if node not in kept and store.place.age(path) > store.place.young:
+            whole = node in manifests and _is_whole(manifests[node], sizes)
+            found.append(doomed(path, f"orphan {node[0]}" if whole else "corrupt"))
     return found
 
 
-def _lineage(store: Store, kind: str, key: str) -> set[str]:
-    try:
-        return {manifest.key for manifest in store.lineage(kind, key)}
-    except StoreError:
-        return {key}
+def collect(store: Store, doomed: list[Doomed]) -> Iterator[Doomed]:
+    """Delete what `unreachable` listed, unless a build has begun to use it since."""
+    with store.collecting():
+        used = {"/".join(node) for node in _in_use(store)}
+        for place in doomed:
+            if place.path not in used:
+                store.delete(place.path)
+                yield place
+
+
+def reachable(manifests: Mapping[Node, Manifest], used: set[Node]) -> set[Node]:
+    """Everything that a root or a running build was made from, and what belongs to a study."""
+    found: set[Node] = set()
+    todo = [node for node in manifests if node[0] in ROOTS] + list(used)
+    named = {m.inputs["protocol"]["key"] for m in manifests.values() if m.kind == "studies"}
+    todo += [
+        node
+        for node, m in manifests.items()
+        if m.kind in OF_A_STUDY and m.inputs["protocol"]["key"] in named
+    ]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += _inputs(manifests[node]) if node in manifests else []
+    return found
+
+
+def check_all(store: Store, on_progress: Callable[[int, int], None]) -> tuple[int, dict[Node, str]]:
+    """Read every artifact, several at once; how many there are, and what is wrong with which."""
+    nodes, bad = list(store.entries()), {}
+
+    def check(node: Node) -> str | None:
+        try:
+            store.check(*node)
+        except StoreError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for done, (node, fault) in enumerate(zip(nodes, pool.map(check, nodes), strict=True), 1):
+            if fault:
+                bad[node] = fault
+            on_progress(done, len(nodes))
+    return len(nodes), bad
+
+
+def _inputs(manifest: Manifest) -> list[Node]:
+    return [(entry["kind"], entry["key"]) for entry in manifest.inputs.values()]
+
+
+def _is_whole(manifest: Manifest, sizes: Mapping[str, int]) -> bool:
+    path = f"{manifest.kind}/{manifest.key}"
+    return sizes.get(f"{path}/{manifest.data}") == manifest.bytes and f"{path}/{MANIFEST}" in sizes
+
+
+def _in_use(store: Store) -> set[Node]:
+    """What running builds have looked for."""
+    nodes = (line.split("/") for line in store.place.registered())
+    return {(kind, key) for kind, key in nodes}

@@ -41,7 +41,7 @@ def find_study(store: Store, name: str | None) -> str:
             "ORDER BY a.created DESC, s.study",
         ).rows
     if not rows:
-        raise ConfigError(f"no study in the store '{store.root}' yet; start with: tribunal run")
+        raise ConfigError(f"no study in the store '{store.location}' yet; start with: tribunal run")
     studies = [str(row[0]) for row in rows]
     found = (
         studies

@@ -8,18 +8,31 @@ environment (TRIBUNAL_*) and are never part of a key.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from artifacts.errors import ConfigError
 from artifacts.specs import Config
+from artifacts.store import Store
 
 Tree = dict[str, Any]
 SHIPPED_ORGANISM = "organism"
+
+
+def _bytes(text: Any) -> Any:
+    """"50GB" as 50,000,000,000; what is no size is left for pydantic to refuse."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", str(text), re.IGNORECASE)
+    if not found:
+        raise ValueError("a size is needed, as in 50GB")
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]
 
 
 class Settings(BaseModel):
@@ -27,10 +40,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    store: str = Field("~/.tribunal", description="folder of the artifact store")
+    store: str = Field("~/.tribunal", description="folder or URL of the artifact store")
+    quota: Bytes | None = Field(None, description="what all artifacts may take, 50GB say")
     device: str | None = Field(None, description="torch device; default: the first GPU, or the CPU")
     device_map: str | None = Field(None, description="transformers device map, 'auto' say")
     rows: int = Field(512, ge=1, description="rows of a batch")
+    log: str | None = Field(None, description="file for a line of JSON per artifact; '-': stderr")
+
+    def open_store(self) -> Store:
+        """The store, under its quota."""
+        return Store(self.store, self.quota)
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -46,7 +65,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = f"TRIBUNAL_{str(first['loc'][0]).upper()}"
-            raise ConfigError(f"{name} is '{first['input']}': {first['msg'].lower()}") from error
+            raise ConfigError(f"{name} is '{first['input']}': {_plain(first['msg'])}") from error
 
 
 def shipped(folder: str) -> dict[str, Path]:
@@ -67,7 +86,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: no such config, an unknown key, a wrong type or value.
     """
-    tree = _merged(_find(name))
+    file = find_file(name, shipped("configs"))
+    if file is None:
+        raise ConfigError.unknown("config", name, config_names())
+    tree = _merged(file)
     for override in overrides:
         tree = merge(tree, _parse_override(override))
     return validate(tree, name)
@@ -85,9 +107,9 @@ def validate(tree: Tree, name: str = "config") -> Config:
     if not isinstance(preset, str) or preset not in presets:
         raise ConfigError.unknown("preset", str(preset), presets)
     try:
-        return Config.model_validate(merge(_read(presets[preset]), tree))
+        return Config.model_validate(merge(read_toml(presets[preset]), tree))
     except ValidationError as error:
-        raise _explain(error, name) from error
+        raise explain(error, name) from error
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
@@ -102,19 +124,26 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def _find(name: str) -> Path:
+def find_file(name: str, known: Mapping[str, Path]) -> Path | None:
+    """The file of a path or of a shipped name; None if there is no such name.
+
+    Raises:
+        ConfigError: the path leads to no file.
+    """
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
             raise ConfigError(f"no config file '{name}'")
         return path.absolute()
-    known = shipped("configs")
-    if name not in known:
-        raise ConfigError.unknown("config", name, config_names())
-    return known[name]
+    return known.get(name)
 
 
-def _read(file: Path) -> Tree:
+def read_toml(file: Path) -> Tree:
+    """The tree of a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -123,7 +152,7 @@ def _read(file: Path) -> Tree:
 
 def _merged(file: Path, below: tuple[str, ...] = ()) -> Tree:
     """A config file with what it extends merged under it, its local paths made absolute."""
-    tree = _read(file)
+    tree = read_toml(file)
     base: str | None = tree.pop("extends", None)
     tree = _anchored(tree, file.parent)
     if base is None:
@@ -172,13 +201,13 @@ def _parse_override(text: str) -> Tree:
     return dict(parsed)
 
 
-def _explain(error: ValidationError, name: str) -> ConfigError:
-    """The first fault of a config, in one line."""
+def explain(error: ValidationError, name: str, schema: type[BaseModel] = Config) -> ConfigError:
+    """The first fault of a config (or of what else has this schema), in one line."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = [".".join([*path[:-1], field]) for field in _fields_at(path[:-1])]
+        known = [".".join([*path[:-1], field]) for field in _fields_at(path[:-1], schema)]
         return ConfigError.unknown("config key", dotted, known)
     if first["type"] == "missing":
         return ConfigError(f"{name}: '{dotted}' is missing; give it in the file or with --set")
@@ -191,9 +220,9 @@ def _plain(message: str) -> str:
     return message.removeprefix("Value error, ").lower()
 
 
-def _fields_at(path: Sequence[str]) -> Iterator[str]:
-    """Names of the config's fields at a path of the schema."""
-    model: Any = Config
+def _fields_at(path: Sequence[str], schema: type[BaseModel]) -> Iterator[str]:
+    """Names of the fields at a path of the schema."""
+    model: Any = schema
     for part in path:
         annotation = model.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]

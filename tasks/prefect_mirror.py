@@ -6,6 +6,7 @@ Prefect can show "Cached" but can never serve what the store does not hold.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,13 +35,15 @@ class StorePolicy(CachePolicy):
         if self.stage is None:
             return None
         arguments, runtime = inputs["arguments"].value, inputs["runtime"].value
-        key = self.stage.key(arguments)
-        ref = runtime.store.find(self.stage.kind, key)
+        started, key = time.monotonic(), self.stage.key(arguments)
+        ref = runtime.find(self.stage.kind, key)
         if ref is None:
             return None
         results, name = get_result_store(), f"{ref.kind}-{ref.key}-{ref.digest[:12]}"
         if not results.exists(name):
             results.write(asdict(ref), key=name)
+        label, seconds = self.stage.label_of(arguments), time.monotonic() - started
+        runtime.reporter.finished(label, ref, seconds, cached=True)  # the task will not run
         return name
 
 

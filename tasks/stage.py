@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol
 
 from pydantic import BaseModel
 
 from artifacts.keys import Json, artifact_key
-from artifacts.store import Manifest, Ref, Store
+from artifacts.store import Find, Manifest, Ref, Store, parquet
 
 if TYPE_CHECKING:
     import polars as pl
@@ -54,7 +53,8 @@ class Step:
 
 
 class Reporter(Protocol):
-    """Where progress goes. `work` is counted in judged trials."""
+    """Where progress goes. `work` is counted in judged trials; `finished` is told of every
+    artifact, made or cached, with the seconds that this call took."""
 
     def started(self, label: str, work: int) -> None: ...
     def advanced(self, done: int, total: int) -> None: ...
@@ -81,6 +81,12 @@ class Runtime:
     device_map: str | None = None
     rows: int = 512
     plan: list[Step] | None = None
+    building: Find | None = None
+
+    @property
+    def find(self) -> Find:
+        """Looks for an artifact; while stages run, what it looks for is not collected."""
+        return self.building or self.store.find
 
 
 _runtime: ContextVar[Runtime | None] = ContextVar("tribunal_runtime", default=None)
@@ -100,11 +106,16 @@ def current() -> Runtime:
 
 @contextmanager
 def running(runtime: Runtime) -> Iterator[Runtime]:
-    """Make `runtime` the current one."""
-    token = _runtime.set(runtime)
+    """Make `runtime` the current one, known to the store as a running build unless it plans."""
+    token, outer = _runtime.set(runtime), runtime.building
     try:
-        yield runtime
+        if runtime.plan is not None or runtime.building is not None:
+            yield runtime
+            return
+        with runtime.store.building() as runtime.building:
+            yield runtime
     finally:
+        runtime.building = outer
         _runtime.reset(token)
 
 
@@ -211,7 +222,7 @@ class Stage(Generic[P]):
         store, reporter = runtime.store, runtime.reporter
         key, label = self.key(arguments), self.label_of(arguments)
         started = time.monotonic()
-        ref = store.find(self.kind, key, reporter.said)
+        ref = runtime.find(self.kind, key, reporter.said)
         if ref is None:
             with store.lock(
                 self.kind, key, lambda: reporter.said(f"waiting for {label} elsewhere")
@@ -227,6 +238,7 @@ class Stage(Generic[P]):
 
     def _make(self, store: Store, key: str, arguments: Mapping[str, Any]) -> Ref:
         started = time.monotonic()
+        _reset_peaks()
         made = self.build(**arguments)  # type: ignore[call-arg]
         seconds = time.monotonic() - started
         identity, inputs = self.describe(arguments)
@@ -241,7 +253,7 @@ class Stage(Generic[P]):
             notes=dict(made.notes),
             provenance={"seconds": round(seconds, 3), **_provenance()},
         )
-        return store.put(draft, functools.partial(_write, made.data))
+        return store.put(draft, made.data if isinstance(made.data, bytes) else parquet(made.data))
 
     def _planned(self, runtime: Runtime, plan: list[Step], arguments: Mapping[str, Any]) -> Ref:
         identity, inputs = self.describe(arguments)
@@ -288,17 +300,8 @@ def _plain(value: Any) -> Json:
     return plain
 
 
-def _write(data: pl.DataFrame | bytes, path: Path) -> None:
-    """Write data; a table by way of memory, so that a full disk is an OSError and nothing else."""
-    if not isinstance(data, bytes):
-        buffer = io.BytesIO()
-        data.write_parquet(buffer, compression="zstd")
-        data = buffer.getvalue()
-    path.write_bytes(data)
-
-
 def _provenance() -> dict[str, Any]:
-    """Versions of what was loaded, the device, and the time: told, never part of a key."""
+    """Versions of what was loaded, the device, memory and the time: told, never part of a key."""
     from importlib.metadata import version
 
     loaded = [name for name in ("torch", "transformers", "optuna", "polars") if name in sys.modules]
@@ -308,7 +311,33 @@ def _provenance() -> dict[str, Any]:
         "python": sys.version.split()[0],
         **{name: version(name) for name in loaded},
         "device": current().device or "default",
+        **_peaks(),
     }
+
+
+def _peaks() -> dict[str, Any]:
+    """High-water marks of memory: the process's since it began, a GPU's since `_reset_peaks`."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    cuda = _cuda_in_use()
+    if cuda is None:
+        return {"peak_memory_bytes": resident}
+    marks = {f"cuda:{n}": cuda.max_memory_allocated(n) for n in range(cuda.device_count())}
+    return {"peak_memory_bytes": resident, "peak_cuda_bytes": marks}
+
+
+def _reset_peaks() -> None:
+    """Let the GPUs' marks begin with this artifact."""
+    cuda = _cuda_in_use()
+    if cuda is not None:
+        for number in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(number)
+
+
+def _cuda_in_use() -> Any:
+    """`torch.cuda` if this process has used a GPU, found without loading torch; else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _in_prefect_flow() -> bool:

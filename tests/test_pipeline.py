@@ -375,10 +375,10 @@ def test_why_names_what_changed(small: tuple[Store, Benchmark], config_path: Pat
 
 def test_the_figure_is_a_picture(small: tuple[Store, Benchmark]) -> None:
     store, found = small
-    assert store.data_path(found.figure).read_bytes().startswith(b"\x89PNG")
+    assert store.read_bytes(found.figure).startswith(b"\x89PNG")
 
 
 def test_parquet_of_activations_has_fixed_size_vectors(small: tuple[Store, Benchmark]) -> None:
     store, found = small
-    schema = pl.read_parquet_schema(store.data_path(found.activations["harmful"]))
+    schema = pl.read_parquet_schema(store.data_url(found.activations["harmful"]))
     assert schema["residual"] == pl.Array(pl.Float32, 128)

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from artifacts.errors import CorruptArtifact, StoreError
-from artifacts.store import MANIFEST, Manifest, Ref, Store
+from artifacts.store import MANIFEST, Manifest, Ref, Store, parquet
 
 FRAME = pl.DataFrame({"number": list(range(100)), "text": [f"row {n}" for n in range(100)]})
 
@@ -37,7 +37,7 @@ def draft(key: str = "a" * 32, **changes: object) -> Manifest:
 
 
 def put(store: Store, key: str = "a" * 32, **changes: object) -> Ref:
-    return store.put(draft(key, **changes), lambda path: FRAME.write_parquet(path))
+    return store.put(draft(key, **changes), parquet(FRAME))
 
 
 def test_what_is_put_is_read(store: Store) -> None:
@@ -105,13 +105,9 @@ def test_an_artifact_copied_under_another_key_is_corrupt(store: Store) -> None:
     assert store.find("things", "b" * 32) is None
 
 
-def test_a_failing_writer_leaves_nothing(store: Store) -> None:
-    def write(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError):
-        store.put(draft(), write)
+def test_a_failing_write_leaves_nothing(store: Store) -> None:
+    with pytest.raises(StoreError, match="cannot write"):
+        store.put(draft(data="no/such/folder"), b"half")
     assert list(store.entries()) == []
     assert list((store.root / ".tmp").iterdir()) == []
 

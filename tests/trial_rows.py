@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 
 from artifacts.schemas import trial_schema
-from artifacts.store import Manifest, Ref, Store
+from artifacts.store import Manifest, Ref, Store, parquet
 
 PROTOCOL = "c0ffee" + "0" * 26
 
@@ -62,7 +62,7 @@ def put_table(store: Store, kind: str, frame: pl.DataFrame, key: str = "d" * 32)
     """Store a table as an artifact of a kind."""
     provenance = {"seconds": 1.0, "created": "2026-01-01T00:00:00Z"}
     draft = Manifest(kind=kind, key=key, version=1, rows=frame.height, provenance=provenance)
-    return store.put(draft, lambda path: frame.write_parquet(path))
+    return store.put(draft, parquet(frame))
 
 
 def put_study(store: Store, *rows: dict[str, Any], name: str = "village") -> str:
