@@ -52,6 +52,8 @@ class ObjectPlace:
         return content
 
     def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        if not paths:
+            return  # fsspec takes an empty list for a missing file
         with self._told():
             found = self._fs.cat([self._at(path) for path in paths], on_error="return")
         for path in paths:
@@ -155,8 +157,14 @@ class ObjectPlace:
         """No lock spans a bucket: what is removed there has been unused for long (housekeeping)."""
         yield
 
-    def filesystem(self) -> Any:
-        return self._fs
+    @property
+    def remote(self) -> bool:
+        return True
+
+    def reader(self, sizes: Mapping[str, int]) -> Any:
+        from artifacts.object_reader import ObjectReader
+
+        return ObjectReader(self._fs, {self._at(path): size for path, size in sizes.items()})
 
     def _at(self, path: str) -> str:
         return f"{self._base}/{path}" if path else self._base

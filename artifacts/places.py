@@ -96,8 +96,13 @@ class Place(Protocol):
         """Keep others from removing (or, when changing, from starting to use) anything."""
         ...
 
-    def filesystem(self) -> Any:
-        """An fsspec file system for DuckDB, None where it can read by itself."""
+    @property
+    def remote(self) -> bool:
+        """Whether DuckDB needs `reader` to reach the files."""
+        ...
+
+    def reader(self, sizes: Mapping[str, int]) -> Any:
+        """An fsspec file system over the files of `sizes`, by their path, that only reads."""
         ...
 
 
@@ -238,8 +243,12 @@ class LocalPlace:
             os.close(handle)
             self._tidy(RUNS)
 
-    def filesystem(self) -> Any:
-        return None
+    @property
+    def remote(self) -> bool:
+        return False
+
+    def reader(self, sizes: Mapping[str, int]) -> Any:
+        raise NotImplementedError("DuckDB reads a folder by itself")
 
     def _hidden(self, name: str) -> Path:
         return self.root / name

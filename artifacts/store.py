@@ -157,12 +157,10 @@ class Store:
 
     def find(self, kind: str, key: str, report: Callable[[str], None] | None = None) -> Ref | None:
         """The artifact if it is there and whole; a corrupt one is reported and is not there."""
-        if not self.place.exists(f"{kind}/{key}"):
-            return None
         try:
             return self.check(kind, key).ref
         except StoreError as error:
-            if report:
+            if report and self.place.exists(f"{kind}/{key}"):
                 report(f"{error}; it will be rebuilt")
             return None
 
@@ -251,21 +249,21 @@ class Store:
     def manifests(self, kind: str | None = None) -> Iterator[Manifest]:
         """Every readable manifest, of a kind if one is given; `verify` names the others."""
         wanted = [entry for entry in self.entries() if kind in (None, entry[0])]
-        raws = self.place.read_many([f"{found}/{key}/{MANIFEST}" for found, key in wanted])
+        paths = [f"{found}/{key}/{MANIFEST}" for found, key in wanted]
+        try:
+            raws = list(self.place.read_many(paths))
+        except OSError as error:
+            raise self._unreadable(error) from error
         for (found, key), raw in zip(wanted, raws, strict=True):
             if raw is not None:
                 with suppress(CorruptArtifact):
                     yield _parse_manifest(raw, found, key)
 
-    def whole_data(self, manifests: Iterable[Manifest]) -> dict[str, list[str]]:
-        """Paths or URLs of data by kind; a file of another size than written is left out."""
+    def whole_data(self, manifests: Iterable[Manifest]) -> list[tuple[Manifest, str]]:
+        """Manifests with the path of their data; data of another size than written is left out."""
         sizes = self.place.sizes("")
-        found: dict[str, list[str]] = {}
-        for manifest in manifests:
-            path = f"{manifest.kind}/{manifest.key}/{manifest.data}"
-            if sizes.get(path) == manifest.bytes:
-                found.setdefault(manifest.kind, []).append(self.place.url(path))
-        return found
+        named = ((m, f"{m.kind}/{m.key}/{m.data}") for m in manifests)
+        return [(m, path) for m, path in named if sizes.get(path) == m.bytes]
 
     def lineage(self, kind: str, key: str) -> list[Manifest]:
         """The artifact and everything it was made from, nearest first, each once."""

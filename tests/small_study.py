@@ -41,7 +41,7 @@ def environment(store: Store) -> dict[str, str]:
     """The environment of a command on a store: one thread, no hub, no Prefect server."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "TRIBUNAL_"))}
     return kept | {
-        "TRIBUNAL_STORE": str(store.root),
+        "TRIBUNAL_STORE": store.location,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "80",

@@ -52,6 +52,7 @@ def test_what_is_put_is_read(anywhere: Store) -> None:
 def test_what_is_not_there_is_not_found(anywhere: Store) -> None:
     assert anywhere.find("things", "a" * 32) is None
     assert list(anywhere.entries()) == []
+    assert list(anywhere.manifests()) == []
     assert anywhere.place.sizes("") == {}
     with pytest.raises(StoreError, match="no artifact"):
         anywhere.manifest("things", "a" * 32)
@@ -109,7 +110,7 @@ def overwrite(place: Place, path: str, content: bytes) -> None:
     if isinstance(place, LocalPlace):
         (place.root / path).write_bytes(content)
     else:
-        place.filesystem().pipe_file(place._at(path), content)  # type: ignore[attr-defined]
+        place._fs.pipe_file(place._at(path), content)  # type: ignore[attr-defined]
 
 
 def test_one_holder_at_a_time(location: str) -> None:
@@ -184,7 +185,7 @@ def hasty() -> Hasty:
 
 
 def test_a_dead_holders_lease_runs_out(hasty: Hasty) -> None:
-    hasty.filesystem().pipe_file(hasty._at(".locks/k"), b'{"owner": "gone", "beat": 7}')
+    hasty._fs.pipe_file(hasty._at(".locks/k"), b'{"owner": "gone", "beat": 7}')
     said: list[int] = []
     with hasty.lock("k", lambda: said.append(1)):
         assert said == [1]
