@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from artifacts.errors import QueryError
+from artifacts.sandbox import run_apart
 from artifacts.schemas import NESTED, RESPONSE, STORED, Column
+from artifacts.sql_guard import refuse_all_but_select
 from artifacts.store import MANIFEST, Store
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def fetch(connection: duckdb.DuckDBPyConnection, sql: str, values: Sequence[Any]
     try:
         return _fetch(connection, sql, values)
     except duckdb.Error as error:
-        raise QueryError(f"{_first_line(error)}; see: tribunal store verify") from error
+        raise QueryError(f"{first_line(error)}; see: tribunal store verify") from error
 
 
 def _fetch(connection: duckdb.DuckDBPyConnection, sql: str, values: Sequence[Any] = ()) -> Table:
@@ -81,15 +82,8 @@ def user_query(store: Store, sql: str, time_limit: float = TIME_LIMIT) -> Table:
     Raises:
         QueryError: anything but one SELECT, a refused access, an error, or a limit reached.
     """
-    with catalog(store) as connection:
-        _lock_down(connection, store)
-        try:
-            statements = connection.extract_statements(sql)
-        except duckdb.Error as error:
-            raise QueryError(_first_line(error)) from error
-        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-            raise QueryError("only one SELECT at a time; the store is read-only to SQL")
-        return _within(connection, sql, time_limit)
+    refuse_all_but_select(sql)
+    return Table(*run_apart(store.location, sql, time_limit))
 
 
 def write_database(store: Store) -> Path | None:
@@ -97,7 +91,7 @@ def write_database(store: Store) -> Path | None:
 
     None for a store in object storage, where a client needs its own means to read the files.
     """
-    if store.place.filesystem() is not None:
+    if store.place.remote:
         return None
     final = store.root / "tribunal.duckdb"
     draft = store.root / f".tribunal-{os.getpid()}.duckdb"
@@ -138,19 +132,19 @@ def _over_trials(trials: pl.DataFrame, sql: str) -> pl.DataFrame:
 
 def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: bool) -> None:
     """All views; with `glob`, such that they also show what is put later."""
-    filesystem = store.place.filesystem()
-    if filesystem is not None:
-        connection.register_filesystem(filesystem)
     manifests = list(store.manifests())
+    whole = store.whole_data(manifests)
+    if store.place.remote:
+        sizes = {path: manifest.bytes for manifest, path in whole}
+        connection.register_filesystem(store.place.reader(sizes))
     if not (glob and manifests):
         told = [json.dumps(m.__dict__) for m in manifests]
         connection.execute(
             "CREATE TABLE stored_manifests AS SELECT unnest($1::VARCHAR[])::JSON AS m", [told]
         )
     connection.execute(_artifacts_view(store, glob and bool(manifests)))
-    whole = store.whole_data(manifests)
     for kind, columns in STORED.items():
-        files = whole.get(kind, [])
+        files = [store.place.url(path) for manifest, path in whole if manifest.kind == kind]
         if glob and files:
             files = [str(store.root / kind / "*" / "data.parquet")]
         connection.execute(f"CREATE VIEW stored_{kind} AS {_stored(kind, columns, files)}")
@@ -196,10 +190,12 @@ def _artifacts_view(store: Store, glob: bool) -> str:
         FROM (SELECT {fields} FROM ({source}) WHERE m IS NOT NULL)"""
 
 
-def _lock_down(connection: duckdb.DuckDBPyConnection, store: Store) -> None:
+def lock_down(connection: duckdb.DuckDBPyConnection, store: Store) -> None:
+    """Take from a connection what a user's query does not need; the views go on working."""
     for setting in (
         f"memory_limit = '{MEMORY_LIMIT}'",
         "temp_directory = ''",
+        "python_enable_replacements = false",
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
         f"allowed_directories = [{_text(store.location)}]",
@@ -209,22 +205,8 @@ def _lock_down(connection: duckdb.DuckDBPyConnection, store: Store) -> None:
         connection.execute(f"SET {setting}")
 
 
-def _within(connection: duckdb.DuckDBPyConnection, sql: str, time_limit: float) -> Table:
-    timer = threading.Timer(time_limit, connection.interrupt)
-    timer.start()
-    try:
-        return _fetch(connection, sql)
-    except duckdb.InterruptException as error:
-        raise QueryError(f"stopped after {time_limit:g} seconds") from error
-    except duckdb.IOException as error:
-        raise QueryError(f"{_first_line(error)}; see: tribunal store verify") from error
-    except duckdb.Error as error:
-        raise QueryError(_first_line(error)) from error
-    finally:
-        timer.cancel()
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of DuckDB says, without the query it points into."""
     return " ".join(str(error).split("\n\n")[0].split())
 
 

@@ -6,22 +6,35 @@ TribunalError              one line for the user, exit code 2
 ├── ModelError             a model that cannot be loaded, rendered, edited or trusted
 ├── StoreError             a store that cannot be read or written
 │   └── CorruptArtifact    an artifact whose bytes are not those its manifest promises
+├── WorkerError            workers that judge trials cannot be reached, or die again and again
 ├── TestSplitSpent         the test split was already opened for another trial
+├── MembersFailed          some benchmarks of a study plan failed (flows/study_plan.py)
 └── QueryError             SQL that is refused or fails
 
-Messages carry the offending value in quotes and the way out. They never carry a token.
+Messages carry the offending value in quotes and the way out. They are one line whatever the value,
+and never carry a token: `TribunalError` sees to both.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
+
+LONGEST = 1000  # characters of a message
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s']+@")
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$|CONNECTION_URL")
+_SHORTEST_SECRET = 8  # characters; what is shorter would hide words
 
 
 class TribunalError(Exception):
     """Base of every error that is shown as one line."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(TribunalError):
@@ -49,6 +62,10 @@ class CorruptArtifact(StoreError):
     """Stored bytes differ from the manifest's promise."""
 
 
+class WorkerError(TribunalError):
+    """The workers that judge trials cannot be reached, or die again and again."""
+
+
 class TestSplitSpent(TribunalError):
     """The test split of this study has been opened for another trial."""
 
@@ -57,6 +74,17 @@ class TestSplitSpent(TribunalError):
 
 class QueryError(TribunalError):
     """User SQL was refused or failed."""
+
+
+def one_line(text: str) -> str:
+    """A text as it may be shown: secrets hidden, line breaks escaped, a long middle left out."""
+    text = _TOKEN.sub("***", text)
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

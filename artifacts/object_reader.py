@@ -30,7 +30,7 @@ class ObjectReader(AbstractFileSystem):  # type: ignore[misc]
         self._fs, self._sizes = fs, dict(sizes)
         self._content: dict[str, bytes] = {}
 
-    def _strip_protocol(self, path: str) -> str:  # type: ignore[override]
+    def _strip_protocol(self, path: str) -> str:
         stripped: str = self._fs._strip_protocol(path)
         return stripped
 

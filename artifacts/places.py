@@ -272,7 +272,7 @@ def size_text(n_bytes: float) -> str:
 def _open_locked(path: Path, waiting: Callable[[], None] | None) -> TextIO:
     """Open and lock a file that its holders remove: what was locked must still be what is there."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             file = path.open("w")
         except FileNotFoundError:
@@ -292,13 +292,21 @@ def _open_locked(path: Path, waiting: Callable[[], None] | None) -> TextIO:
 def _lock_folder(path: Path, how: int) -> int:
     """A handle of a locked folder; what was locked must still be what is there."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
+        _make_folder(path)
         with suppress(FileNotFoundError):
             handle = os.open(path, os.O_RDONLY)
             fcntl.flock(handle, how)
             if path.stat().st_ino == os.fstat(handle).st_ino:
                 return handle
             os.close(handle)
+
+
+def _make_folder(path: Path) -> None:
+    """Others may tidy it, or its parents, away in the midst of it."""
+    for _ in range(100):
+        with suppress(FileExistsError, FileNotFoundError):
+            return path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _is_locked(path: Path) -> bool:

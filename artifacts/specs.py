@@ -8,6 +8,7 @@ fragments in flows/presets, merged under the config before it is validated.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -21,6 +22,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["mean", "median", "variance", "hybrid"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=64)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _rising(values: Range) -> Range:
@@ -35,6 +38,13 @@ def _fractions(values: Range) -> Range:
     return values
 
 
+def _without_credentials(value: str) -> str:
+    if re.search("://[^/]*@", value):
+        raise ValueError("a config holds no credentials; give them in the environment")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_without_credentials)]
 Rising = Annotated[Range, AfterValidator(_rising)]
 Fractions = Annotated[Range, AfterValidator(_fractions)]
 
@@ -48,11 +58,15 @@ class Spec(BaseModel):
 def _empty_means_preset(schema: dict[str, Any]) -> None:
     """What a preset decides is optional in a form and starts empty: so a form overrides nothing.
 
-    The form is the one that Prefect's UI makes from the JSON schema; it sends every default back.
+    The form is the one that Prefect's UI makes from the JSON schema. It sends every default back,
+    and a switch as off if nobody touched it, unless it may be null, which means left out.
     """
     schema.pop("required", None)
     for name, entry in schema["properties"].items():
-        if name != "preset":
+        if entry.get("type") == "boolean":
+            entry.pop("type")
+            entry |= {"anyOf": [{"type": "boolean"}, {"type": "null"}], "default": None}
+        elif name != "preset":
             entry.pop("default", None)
 
 
@@ -72,7 +86,7 @@ class PresetSpec(Spec):
 class PromptSource(Spec):
     """Where one prompt set comes from and how its rows become prompts."""
 
-    source: str = Field(description="hub id, folder, or .parquet/.csv/.jsonl/.txt file")
+    source: Address = Field(description="hub id, folder, or .parquet/.csv/.jsonl/.txt file")
     revision: str | None = Field(None, description="hub revision; pin a commit to be reproducible")
     config: str | None = Field(None, description="hub data set configuration")
     split: str = Field("train", description="split and slice, as in 'train[:400]'")
@@ -110,7 +124,7 @@ class PromptsSpec(Spec):
 class ModelSpec(Spec):
     """Which model, in which precision, addressed how."""
 
-    id: str = Field(min_length=1, description="'organism', a hub id, or a local folder")
+    id: Address = Field(min_length=1, description="'organism', a hub id, or a local folder")
     revision: str | None = None
     dtype: Annotated[tuple[Dtype, ...], Field(min_length=1)] = ("auto", "bfloat16", "float32")
     quantization: Literal["none", "bnb-4bit"] = "none"
@@ -212,8 +226,8 @@ class Config(Spec):
 
     model_config = ConfigDict(json_schema_extra=_sections_mean_preset)
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=64)] = "study"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    name: Name = "study"
+    seed: Seed = 0
     model: ModelSpec
     prompts: PromptsSpec
     directions: DirectionSpec = DirectionSpec()

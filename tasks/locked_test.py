@@ -18,6 +18,7 @@ from tasks.trials import Court, Trial, open_court, to_frame
 if TYPE_CHECKING:
     from tasks.models.editing import Edit
 
+OPENINGS = ("tests", "retests")  # kinds of artifact that a test split is opened for
 OVER_EDIT = 3.0  # times the winner's weights, on every layer
 
 
@@ -61,7 +62,7 @@ def refuse_other_trials(
         TestSplitSpent: one of them, on the same prompts, is of another trial.
     """
     wanted = {ref.digest for ref in prompts.values()}
-    for manifest in store.manifests("tests"):
+    for manifest in (m for kind in OPENINGS for m in store.manifests(kind)):
         if manifest.inputs["protocol"]["key"] != protocol:
             continue
         opened = {e["digest"] for role, e in manifest.inputs.items() if role.startswith("prompts.")}

@@ -24,17 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 from artifacts.errors import PromptError, did_you_mean
 from artifacts.keys import Json
+from artifacts.paths import exists
 from artifacts.specs import PromptSource
 from tasks.organism import PROMPTS_FOLDER
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SPLIT = re.compile(r"(\w[\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?(?::(\d+))?\])?")
+_SPLIT = re.compile(r"(\w[\w.-]*)(?:\[(-?\d{1,18}%?)?:(-?\d{1,18}%?)?(?::(\d{1,18}))?\])?")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _ORGANISM = re.compile(r"organism/([\w.-]+\.jsonl)")
-_SECRET = re.compile(r"\bhf_\w+|(?<=://)[^/@\s]+@")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+LONGEST_PROMPT = 1_000_000  # characters
+LARGEST_FILE = 4 * 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _nfc(text: str) -> str:
 
 def _parse_split(split: str) -> tuple[str | None, ...]:
     match = _SPLIT.fullmatch(split)
-    if match is None or match[4] == "0":
+    if match is None or int(match[4] or 1) == 0:
         raise PromptError(
             f"split '{split}' is not understood; write train, train[:400], train[80:100], "
             "train[-50:], train[:10%] or train[::5]"
@@ -196,6 +198,10 @@ def _fault(cell: object) -> str | None:
         return f"a {type(cell).__name__}, not text"
     if not cell.strip():
         return "blank"
+    if len(cell) > LONGEST_PROMPT:
+        return f"{len(cell):,} characters, more than {LONGEST_PROMPT:,}"
+    if "\0" in cell:
+        return "a NUL character, as UTF-16 has"
     # A JSON escape can name half of a surrogate pair, which no tokenizer can encode.
     return "half a surrogate pair" if any("\ud800" <= char <= "\udfff" for char in cell) else None
 
@@ -214,7 +220,9 @@ def _local_path(text: str, base: Path | None) -> Path | None:
     if match := _ORGANISM.fullmatch(text):
         return _shipped(match[1])
     path = (base or Path()) / os.path.expanduser(text)
-    if text and path.exists():
+    if text and exists(path):
+        if not path.is_file() and not path.is_dir():
+            raise PromptError(f"'{text}' is neither a file nor a folder; give one of them")
         return path
     if path.suffix in _FILES or not _HUB_ID.fullmatch(text):
         raise PromptError(f"no file or folder '{text}'")
@@ -234,7 +242,8 @@ def _content_digest(path: Path) -> str:
     try:
         if path.is_file():
             return _file_digest(path)
-        files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+        found = [file for file in path.rglob("*") if not file.is_dir()]
+        files = {file.relative_to(path): file for file in found}
         lines = [
             f"{name.as_posix()}\0{_file_digest(file)}\n"
             for name, file in sorted(files.items())
@@ -246,6 +255,10 @@ def _content_digest(path: Path) -> str:
 
 
 def _file_digest(file: Path) -> str:
+    if not file.is_file():  # a pipe or a device may never end; a link may lead nowhere
+        raise PromptError(f"'{file}' is no regular file; take it out of the folder")
+    if file.stat().st_size > LARGEST_FILE:
+        raise PromptError(f"'{file}' is larger than {LARGEST_FILE >> 30} GiB; split it")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -287,7 +300,7 @@ def _parse(path: Path, data: bytes) -> Sequence[object]:
         raise PromptError(
             f"'{path.name}' is not UTF-8: byte 0x{data[error.start]:02x} in line {line}"
         ) from error
-    except (json.JSONDecodeError, csv.Error, RecursionError) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise PromptError(f"'{path.name}' is no {path.suffix} file: {_one_line(error)}") from error
 
 
@@ -308,9 +321,18 @@ def _txt_rows(text: str) -> Sequence[object]:
 
 
 def _csv_rows(text: str) -> Sequence[object]:
-    # Cells beyond the header's are under the key None, which no column can ask for.
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    return [{column: cell for column, cell in row.items() if column is not None} for row in rows]
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = next(lines, [])
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise csv.Error(f"it has the column '{twice[0]}' twice")
+    rows = []
+    for cells in lines:
+        if len(cells) > len(header):  # an unquoted comma would cut a prompt short
+            raise csv.Error(f"line {lines.line_num} has more cells than the header")
+        if cells:
+            rows.append(dict(zip(header, cells, strict=False)))
+    return rows
 
 
 def _jsonl_rows(text: str) -> Sequence[object]:
@@ -318,18 +340,28 @@ def _jsonl_rows(text: str) -> Sequence[object]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                where = f"{error.msg} (line {number} of the file)"
-                raise json.JSONDecodeError(where, line, error.pos) from error
+                rows.append(json.loads(line, object_pairs_hook=_object))
+            except (ValueError, RecursionError) as error:
+                said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise ValueError(f"{said} (line {number} of the file)") from error
     return rows
 
 
 def _json_rows(text: str) -> Sequence[object]:
-    rows = json.loads(text)
+    rows = json.loads(text, object_pairs_hook=_object)
     if not isinstance(rows, list):
-        raise json.JSONDecodeError("it holds no list", text, 0)
+        raise ValueError("it holds no list")
     return rows
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, of which no key may be given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key '{twice}' twice")
+    return found
 
 
 _TEXT_FILES: Mapping[str, Callable[[str], Sequence[object]]] = {
@@ -431,7 +463,7 @@ def _not_loaded(source: PromptSource, split: str, error: Exception) -> PromptErr
 
 def _one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _SECRET.sub("***", lines[0])[:300].rstrip(".")
+    return lines[0].rstrip(".")
 
 
 @contextmanager

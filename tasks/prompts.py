@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import polars as pl
 
@@ -47,6 +47,18 @@ def load_prompts(*, prompt_class: str, split: str, source: PromptSource) -> Made
     return Made(frame, {"duplicates_removed": found.duplicates, "resolved": found.resolved})
 
 
+def check_sources(sources: Iterable[tuple[str, str, PromptSource]]) -> None:
+    """Read every prompt set before anything is made, so that a bad last one leaves nothing behind.
+
+    Raises:
+        PromptError: a source cannot be read as asked, or the same prompt is in two splits.
+    """
+    found = {f"{group}/{split}": read_prompts(source) for group, split, source in sources}
+    _refuse_shared(
+        {name: [(p.prompt_id, p.text) for p in one.prompts] for name, one in found.items()}
+    )
+
+
 @stage("near_duplicates", version=1, label=lambda prompts: "overlap of splits")
 def compare_splits(*, prompts: Mapping[str, Ref]) -> Made:
     """Near-duplicates across splits (content-word Jaccard at least 0.5), reported, not removed.
@@ -54,21 +66,14 @@ def compare_splits(*, prompts: Mapping[str, Ref]) -> Made:
     Raises:
         PromptError: the same prompt is in two splits.
     """
-    from tasks.numerics.overlap import exact_overlaps, near_duplicates
+    from tasks.numerics.overlap import near_duplicates
 
     runtime = current()
     texts = {
         name: list(runtime.store.read(ref, ["prompt_id", "text"]).iter_rows())
         for name, ref in prompts.items()
     }
-    same = exact_overlaps(texts)
-    if same:
-        shared = Counter((overlap.set_a, overlap.set_b) for overlap in same)
-        (set_a, set_b), count = shared.most_common(1)[0]
-        raise PromptError(
-            f"{count} prompts are in both '{set_a}' ({len(texts[set_a])} prompts) and "
-            f"'{set_b}' ({len(texts[set_b])}); choose slices or files that share none"
-        )
+    _refuse_shared(texts)
     near = near_duplicates(texts)
     if near:
         pairs = Counter(f"{o.set_a} and {o.set_b}" for o in near).most_common()
@@ -78,3 +83,17 @@ def compare_splits(*, prompts: Mapping[str, Ref]) -> Made:
     rows = [(o.set_a, o.id_a, o.set_b, o.id_b, o.jaccard) for o in near]
     frame = pl.DataFrame(rows, schema=polars_schema(NEAR_DUPLICATES), orient="row")
     return Made(frame, {"near_duplicates": len(near)})
+
+
+def _refuse_shared(texts: Mapping[str, list[tuple[str, str]]]) -> None:
+    """Refuse prompts (as id and text) that are in two splits."""
+    from tasks.numerics.overlap import exact_overlaps
+
+    same = exact_overlaps(texts)
+    if same:
+        shared = Counter((overlap.set_a, overlap.set_b) for overlap in same)
+        (set_a, set_b), count = shared.most_common(1)[0]
+        raise PromptError(
+            f"{count} prompts are in both '{set_a}' ({len(texts[set_a])} prompts) and "
+            f"'{set_b}' ({len(texts[set_b])}); choose slices or files that share none"
+        )

@@ -292,7 +292,7 @@ def test_a_finished_run_as_json(small: tuple[Store, Benchmark], config_path: Pat
 
 
 PLACES = [
-    ({"TRIBUNAL_STORE": "s3://bucket/store"}, "local folder"),
+    ({"TRIBUNAL_STORE": "carrier-pigeon://bucket/store"}, "carrier-pigeon"),
     ({"TRIBUNAL_STORE": "/proc/version"}, "is not a folder"),
     ({"TRIBUNAL_STORE": "/proc/store"}, "cannot write to the store"),
     ({"TRIBUNAL_DEVICE": "foo"}, "device 'foo' cannot be used"),
