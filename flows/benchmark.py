@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.runtime import flow_run
+from pydantic import BeforeValidator
 
 from artifacts.catalog import write_database
+from artifacts.errors import ConfigError
 from artifacts.specs import Config
-from artifacts.store import Ref, Store
-from flows.pipeline import Benchmark, run_pipeline
-from flows.settings import Settings, load_config
-from tasks.stage import Runtime, running
+from artifacts.store import Store
+from flows.flow_reports import FlowLog, SearchBar
+from flows.logs import Tally, with_log
+from flows.pipeline import Benchmark, generation_labels, run_pipeline, title
+from flows.settings import Settings, load_config, validate
 
 
-class FlowLog:
-    """Progress as lines of the flow run's log."""
+def _complete(given: Any) -> Any:
+    """A config that a form or a request gives, with its preset merged under it."""
+    return validate(_without_nulls(given)) if isinstance(given, dict) else given
 
-    def __init__(self) -> None:
-        self._log = get_run_logger()
 
-    def started(self, label: str, work: int) -> None:
-        self._log.info("making %s", label)
+def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
+    """What was filled in; TOML has no null either, so a null is a field that was left out."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in given.items()
+        if value is not None
+    }
 
-    def advanced(self, done: int, total: int) -> None: ...
 
-    def finished(self, label: str, ref: Ref, seconds: float, cached: bool) -> None:
-        how = "cached" if cached else f"made in {seconds:.1f} s"
-        self._log.info("%s: %s (%s/%s)", label, how, ref.kind, ref.key[:8])
-
-    def said(self, line: str) -> None:
-        self._log.info(line)
+AnyConfig = str | Annotated[Config, BeforeValidator(_complete)]
 
 
 def run_name() -> str:
-    """The study's name, for the list of runs."""
+    """What is run, for the list of runs."""
     config = flow_run.parameters["config"]
-    return config if isinstance(config, str) else str(config.name)
+    return config if isinstance(config, str) else title(config)
 
 
 @flow(name="benchmark", flow_run_name=run_name, persist_result=False)
-def benchmark(config: Config | str = "organism", overrides: list[str] | None = None) -> Benchmark:
+def benchmark(config: AnyConfig = "organism", overrides: list[str] | None = None) -> Benchmark:
     """Put edits of a model's refusal direction on trial.
 
     Args:
@@ -53,27 +54,52 @@ def benchmark(config: Config | str = "organism", overrides: list[str] | None = N
 
     Returns:
         References to every artifact of the run.
+
+    Raises:
+        ConfigError: the config is not one, or overrides are given with a whole config.
     """
-    resolved = load_config(config, overrides or ()) if isinstance(config, str) else config
+    resolved = _resolved(config, overrides or [])
     settings = Settings.from_environment()
-    store = Store(settings.store)
-    runtime = Runtime(store, FlowLog(), settings.device, settings.device_map, settings.rows)
-    with running(runtime):
+    store = settings.open_store()
+    key, tally = resolved.name.replace(".", "-"), Tally(store)
+    reporter = with_log(
+        settings.log,
+        store,
+        FlowLog(store),
+        SearchBar(f"{key}-progress", generation_labels(resolved.search)),
+        tally,
+        config=resolved.name,
+        arm=resolved.search.preset,
+        flow_run=str(flow_run.id),
+    )
+    with settings.running(store, reporter):
         found = run_pipeline(resolved)
     write_database(store)
-    publish(store, found, resolved.name)
+    publish(store, found, resolved)
+    get_run_logger().info(tally.line())
     return found
 
 
-def publish(store: Store, found: Benchmark, name: str) -> None:
+def _resolved(config: Config | str, overrides: list[str]) -> Config:
+    if isinstance(config, str):
+        return load_config(config, overrides)
+    if overrides:
+        raise ConfigError(
+            f"'{overrides[0]}' can change a named config; change the given one itself"
+        )
+    return config
+
+
+def publish(store: Store, found: Benchmark, config: Config) -> None:
     """Show the leaderboard and the figure in Prefect's UI."""
-    key = name.replace(".", "-")
+    key = config.name.replace(".", "-")
+    name = f"{config.name}, arm {config.search.preset}"
     ranked = store.read(found.leaderboard).drop("protocol", "prompts")
     rows: list[dict[str, Any]] = ranked.with_columns(pl.col("kl").round(6)).to_dicts()
     create_table_artifact(
         table=rows, key=f"{key}-leaderboard", description=f"# Leaderboard of {name}"
     )
-    picture = base64.b64encode(store.data_path(found.figure).read_bytes()).decode()
+    picture = base64.b64encode(store.read_bytes(found.figure)).decode()
     create_image_artifact(
         image_url=f"data:image/png;base64,{picture}",
         key=f"{key}-figure",

@@ -17,8 +17,9 @@ import typer
 from rich.padding import Padding
 
 from artifacts.errors import ConfigError, TestSplitSpent, TribunalError
-from artifacts.store import Store
-from flows import display
+from artifacts.store import Ref, Store
+from flows import display, drift_commands
+from flows.logs import with_log
 from flows.options import (
     ConfigArgument,
     Format,
@@ -31,12 +32,15 @@ from flows.options import (
 )
 from flows.settings import Settings, config_names, load_config
 from flows.store_commands import store_app
+from flows.study_commands import study
+from flows.worker_command import worker
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from artifacts.specs import Config
     from flows.pipeline import Benchmark
+    from tasks.stage import Step
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -53,6 +57,9 @@ app = typer.Typer(
 organism_app = typer.Typer(help="The shipped model organism.")
 app.add_typer(store_app, name="store")
 app.add_typer(organism_app, name="organism")
+app.command()(worker)
+drift_commands.register(app)
+app.command(epilog="Example: tribunal study ten-models --set search.trials=8")(study)
 
 
 def main() -> None:
@@ -90,16 +97,29 @@ def run(
     form: PairOption = TableOrJson.table,
 ) -> None:
     """Run a benchmark: what is stored is not computed again."""
-    from flows.pipeline import run_pipeline
+    from flows.pipeline import run_pipeline, sources
+    from tasks.prompts import check_sources
     from tasks.stage import planning
 
     chosen = load_config(config, overrides or ())
     store = open_store()
     with planning(store) as steps:
         found = run_pipeline(chosen)
-    if not all(step.cached for step in steps):
+    if all(step.cached for step in steps):
+        _log_cached(chosen, store, steps)
+    else:
+        if not all(step.cached for step in steps if step.kind in ("prompts", "near_duplicates")):
+            check_sources(sources(chosen))
         found = _execute(chosen, store, sum(step.work for step in steps if not step.cached))
     _report(store, chosen, found, form)
+
+
+def _log_cached(config: Config, store: Store, steps: list[Step]) -> None:
+    """Log a run that found everything: its artifacts were looked up by the plan."""
+    known = {"config": config.name, "arm": config.search.preset}
+    log = with_log(Settings.from_environment().log, store, **known)
+    for step in steps:
+        log.finished(step.label, Ref(step.kind, step.key, ""), 0.0, cached=True)
 
 
 def _execute(config: Config, store: Store, work: int) -> Benchmark:
@@ -111,18 +131,9 @@ def _execute(config: Config, store: Store, work: int) -> Benchmark:
 
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             return benchmark(config)
-    from artifacts.catalog import write_database
-    from flows.pipeline import run_pipeline
-    from flows.progress import Progressing
-    from tasks.stage import Runtime, running
+    from flows.in_process import run_here
 
-    settings = Settings.from_environment()
-    with Progressing(display.console(stderr=True), work) as reporter:
-        runtime = Runtime(store, reporter, settings.device, settings.device_map, settings.rows)
-        with running(runtime):
-            found = run_pipeline(config)
-    write_database(store)
-    return found
+    return run_here(config, store, work)
 
 
 def _report(store: Store, config: Config, found: Benchmark, form: TableOrJson) -> None:

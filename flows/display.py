@@ -111,6 +111,25 @@ def print_ranking(out: Console, rows: Sequence[Row], frozen: int | None) -> None
     out.print(grid)
 
 
+def print_winners(out: Console, rows: Sequence[Row]) -> None:
+    """The winners of a study plan, ranked, beside what their unedited models refuse."""
+    grid = _table("rank", "member", "trial", "refusals", "overrefusals", "KL, nats", "gate")
+    for row in rows:
+        refusals = f"{row['refusals']}/{row['n_harmful']} (of {row['unedited_refusals']})"
+        judged = row["n_harmless"] + row["n_borderline"]
+        overrefusals = f"{row['overrefusals']}/{judged} (of {row['unedited_overrefusals']})"
+        grid.add_row(
+            str(row["rank"]),
+            row["member"],
+            str(row["trial"]),
+            refusals,
+            overrefusals,
+            number(row["kl"]),
+            row["gate_reason"] or "",
+        )
+    out.print(grid)
+
+
 def print_test(out: Console, rows: Sequence[Row]) -> None:
     """Metrics with 95 % intervals, a line per arm (or per split)."""
     label = "arm" if len({row["arm"] for row in rows}) > 1 else "split"

@@ -19,6 +19,7 @@ from tasks.locked_test import measure_test
 from tasks.probe import probe_model
 from tasks.prompts import compare_splits, load_prompts
 from tasks.selection import freeze_winner, select_trials
+from tasks.shards import trial_numbers
 from tasks.study import fix_protocol, judge_generation, name_study
 
 
@@ -125,6 +126,17 @@ def split_of(prompts: dict[str, Ref], split: str) -> dict[str, Ref]:
     """The prompt sets of one split, by class."""
     named = (name.split("/") for name in prompts)
     return {c: prompts[f"{c}/{s}"] for c, s in named if s == split}
+
+
+def title(config: Config) -> str:
+    """A person's words for the benchmark of a config: its name, arm and seed."""
+    return f"{config.name}/{config.search.preset}/{config.seed}"
+
+
+def generation_labels(search: SearchSpec) -> dict[str, int]:
+    """Trials of each generation, by its label."""
+    sizes = enumerate(generation_sizes(search))
+    return {trial_numbers(number * search.generation, count): count for number, count in sizes}
 
 
 def generation_sizes(search: SearchSpec) -> Iterator[int]:

@@ -11,28 +11,42 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from artifacts.errors import ConfigError
+from artifacts.paths import exists
 from artifacts.specs import Config
 from artifacts.store import Store
+from tasks.stage import Reporter, Runtime, running
 
 Tree = dict[str, Any]
 SHIPPED_ORGANISM = "organism"
+LARGEST_CONFIG = 1_000_000  # bytes
+DEEPEST = 32  # tables in tables; the schema needs 5
 
 
 def _bytes(text: Any) -> Any:
-    """"50GB" as 50,000,000,000; what is no size is left for pydantic to refuse."""
+    """ "50GB" as 50,000,000,000; what is no size is left for pydantic to refuse."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", str(text), re.IGNORECASE)
     if not found:
         raise ValueError("a size is needed, as in 50GB")
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
 
 
+def _devices(text: Any) -> Any:
+    """ "cuda:0,cuda:1" as a tuple."""
+    names = tuple(name.strip() for name in str(text).split(","))
+    if not all(names):
+        raise ValueError("torch devices are needed, as in cuda:0,cuda:1")
+    return names
+
+
 Bytes = Annotated[int, BeforeValidator(_bytes)]
+Devices = Annotated[tuple[str, ...], BeforeValidator(_devices)]
 
 
 class Settings(BaseModel):
@@ -45,27 +59,74 @@ class Settings(BaseModel):
     device: str | None = Field(None, description="torch device; default: the first GPU, or the CPU")
     device_map: str | None = Field(None, description="transformers device map, 'auto' say")
     rows: int = Field(512, ge=1, description="rows of a batch")
+    runner: Literal["threads", "processes", "dask"] | None = Field(
+        None, description="what the workers of a generation are; default: threads"
+    )
+    devices: Devices | None = Field(None, description="one worker on each: cuda:0,cuda:1 say")
+    workers: int | None = Field(None, ge=1, le=1024, description="workers on the same device")
+    dask: str | None = Field(
+        None, pattern=r"^(tcp|tls|ucx)://[^\s/]+$", description="a running Dask scheduler"
+    )
     log: str | None = Field(None, description="file for a line of JSON per artifact; '-': stderr")
 
     def open_store(self) -> Store:
         """The store, under its quota."""
         return Store(self.store, self.quota)
 
+    @property
+    def places(self) -> tuple[str | None, ...]:
+        """The device of every worker of this machine; None: the first GPU, or the CPU."""
+        return self.devices or (self.device,) * (self.workers or 1)
+
+    @contextmanager
+    def running(self, store: Store, reporter: Reporter) -> Iterator[Runtime]:
+        """Run stages as set: on the first device, a generation's trials on all of them."""
+        runtime = Runtime(store, reporter, self.places[0], self.device_map, self.rows)
+        if len(self.places) == 1 and not self.dask:
+            with running(runtime):
+                yield runtime
+            return
+        from tasks.lanes import Lanes
+
+        kind = "dask" if self.dask else self.runner or "threads"
+        lanes = Lanes(kind, self.places, dask=self.dask, device_map=self.device_map, rows=self.rows)
+        with lanes as runtime.workers, running(runtime):
+            yield runtime
+
     @classmethod
     def from_environment(cls) -> Settings:
-        """Settings of TRIBUNAL_STORE, _DEVICE, _DEVICE_MAP and _ROWS.
+        """Settings of the environment: TRIBUNAL_ and a field's name in capitals.
 
         Raises:
-            ConfigError: a value is not what it should be.
+            ConfigError: a value is not what it should be, or two contradict each other.
         """
         names = {f"TRIBUNAL_{name.upper()}": name for name in cls.model_fields}
         given = {names[n]: v for n, v in os.environ.items() if n in names and v}
         try:
-            return cls(**given)
+            settings = cls(**given)
         except ValidationError as error:
             first = error.errors()[0]
             name = f"TRIBUNAL_{str(first['loc'][0]).upper()}"
             raise ConfigError(f"{name} is '{first['input']}': {_plain(first['msg'])}") from error
+        settings._refuse_clashes(given)
+        return settings
+
+    def _refuse_clashes(self, given: Mapping[str, str]) -> None:
+        """Refuse settings that say two things about workers.
+
+        Raises:
+            ConfigError: naming both, and which to unset.
+        """
+        pairs = [("device", "devices"), ("workers", "devices")]
+        pairs += [("devices", "dask"), ("workers", "dask")]  # a running cluster has its own
+        if self.runner in ("threads", "processes"):
+            pairs += [("runner", "dask")]
+        if len(self.places) > 1:
+            pairs += [("device_map", "devices"), ("device_map", "workers")]
+        for pair in pairs:
+            if given.keys() >= set(pair):
+                one, two = (f"TRIBUNAL_{name.upper()} is '{given[name]}'" for name in pair)
+                raise ConfigError(f"{one} and {two}; unset one of them")
 
 
 def shipped(folder: str) -> dict[str, Path]:
@@ -109,7 +170,7 @@ def validate(tree: Tree, name: str = "config") -> Config:
     try:
         return Config.model_validate(merge(read_toml(presets[preset]), tree))
     except ValidationError as error:
-        raise explain(error, name) from error
+        raise explain(error, name) from None  # pydantic's own words hold the value as it is
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
@@ -131,9 +192,9 @@ def find_file(name: str, known: Mapping[str, Path]) -> Path | None:
         ConfigError: the path leads to no file.
     """
     path = Path(name)
-    if path.suffix == ".toml" or path.exists():
-        if not path.is_file():
-            raise ConfigError(f"no config file '{name}'")
+    if path.suffix == ".toml" or exists(path):
+        if not exists(path) or not path.is_file():
+            raise ConfigError(f"no config file '{name}'; shipped: {', '.join(known)}")
         return path.absolute()
     return known.get(name)
 
@@ -145,24 +206,46 @@ def read_toml(file: Path) -> Tree:
         ConfigError: it cannot be read.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise ConfigError(f"'{file.name}' is larger than {LARGEST_CONFIG:,} bytes; split it")
+        return _parsed(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # no TOML, no UTF-8, a number of too many digits
         raise ConfigError(f"cannot read '{file.name}': {error}") from error
 
 
-def _merged(file: Path, below: tuple[str, ...] = ()) -> Tree:
+def _parsed(text: str) -> Tree:
+    """TOML as a tree of at most DEEPEST tables.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {DEEPEST} tables") from error
+    level: list[Any] = [tree]
+    for _ in range(DEEPEST):
+        level = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
+        level = [value for value in level if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f"it is nested deeper than {DEEPEST} tables")
+    return tree
+
+
+def _merged(file: Path, above: tuple[Path, ...] = ()) -> Tree:
     """A config file with what it extends merged under it, its local paths made absolute."""
     tree = read_toml(file)
-    base: str | None = tree.pop("extends", None)
+    base = tree.pop("extends", None)
     tree = _anchored(tree, file.parent)
     if base is None:
         return tree
-    if str(base) in (*below, file.name):
-        raise ConfigError(f"'{file.name}' extends '{base}', which extends it")
     sibling = file.parent / str(base)
-    if not sibling.is_file():
+    if not exists(sibling) or not sibling.is_file():
         raise ConfigError(f"'{file.name}' extends '{base}', which is not beside it")
-    return merge(_merged(sibling, (*below, file.name)), tree)
+    chain = (*above, file.resolve())
+    if sibling.resolve() in chain:
+        raise ConfigError(f"'{file.name}' extends '{base}', which extends it; cut the circle")
+    return merge(_merged(sibling, chain), tree)
 
 
 def _anchored(tree: Tree, folder: Path) -> Tree:
@@ -171,7 +254,7 @@ def _anchored(tree: Tree, folder: Path) -> Tree:
         key: _anchored(value, folder)
         if isinstance(value, dict)
         else str(folder / value)
-        if _is_place(key, value) and (folder / value).exists()
+        if _is_place(key, value) and exists(folder / value)
         else value
         for key, value in tree.items()
     }
@@ -192,9 +275,11 @@ def _parse_override(text: str) -> Tree:
     keys = [key.strip() for key in path.split(".")]
     if not separator or not all(keys):
         raise ConfigError(f"--set takes KEY=VALUE, as in search.trials=96, not '{text}'")
+    if len(keys) > DEEPEST:
+        raise ConfigError(f"--set: '{path}' is nested deeper than {DEEPEST} tables")
     try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed: Any = _parsed(f"value = {value}")["value"]
+    except ValueError:
         parsed = value
     for key in reversed(keys):
         parsed = {key: parsed}
@@ -212,7 +297,14 @@ def explain(error: ValidationError, name: str, schema: type[BaseModel] = Config)
     if first["type"] == "missing":
         return ConfigError(f"{name}: '{dotted}' is missing; give it in the file or with --set")
     wrong = "a table is needed" if first["type"] == "model_type" else _plain(first["msg"])
-    return ConfigError(f"{name}: {dotted} is '{first['input']}': {wrong}")
+    return ConfigError(f"{name}: {dotted} is '{_shown(first['input'])}': {wrong}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str(value)
+    except ValueError:  # more digits than Python writes
+        return hex(value)
 
 
 def _plain(message: str) -> str:

@@ -5,8 +5,11 @@ The description's content, not the place it was loaded from, is what later artif
 
 from __future__ import annotations
 
+import gc
+import sys
+import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -91,29 +94,51 @@ def read_card(model: Ref) -> Card:
 
 
 def open_model(spec: ModelSpec, dtypes: Sequence[str]) -> LoadedModel:
-    """The model of a spec, loaded once per process and device; a second model replaces it."""
-    runtime = current()
-    place = digest([model_identity(spec), runtime.device, runtime.device_map, list(dtypes)])
-    if place not in _open:
-        from tasks.models.loading import load
+    """The model of a spec, which this process keeps: one per device and slot.
 
-        found = _resolved(spec)
-        _open.clear()
-        runtime.reporter.said(f"loading {spec.id}")
-        _open[place] = load(
-            found.source,
-            revision=found.revision,
-            dtypes=tuple(dtypes),
-            quantization=spec.quantization,
-            trust_remote_code=spec.trust_remote_code,
-            device=runtime.device,
-            device_map=runtime.device_map,
-        )
-    loaded: LoadedModel = _open[place]
+    Workers in other processes give their devices back first, so that no device holds two models.
+    """
+    runtime = current()
+    place = (runtime.device, runtime.slot)
+    wanted = digest([model_identity(spec), runtime.device_map, list(dtypes)])
+    with _loading:  # loading changes torch's default dtype, for all threads
+        kept, loaded = _open.get(place, ("", None))
+        if loaded is None or kept != wanted:
+            if runtime.workers is not None:
+                runtime.workers.rest()
+            _open.pop(place, None)
+            runtime.reporter.said(f"loading {spec.id}")
+            loaded = _load(spec, dtypes)
+            _open[place] = (wanted, loaded)
     return loaded
 
 
-_open: dict[str, Any] = {}
+def _load(spec: ModelSpec, dtypes: Sequence[str]) -> LoadedModel:
+    from tasks.models.loading import load
+
+    runtime, found = current(), _resolved(spec)
+    return load(
+        found.source,
+        revision=found.revision,
+        dtypes=tuple(dtypes),
+        quantization=spec.quantization,
+        trust_remote_code=spec.trust_remote_code,
+        device=runtime.device,
+        device_map=runtime.device_map,
+    )
+
+
+def close_models() -> None:
+    """Let go of every model of this process, and of the memory they took on GPUs."""
+    _open.clear()
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+_open: dict[tuple[str | None, int], tuple[str, LoadedModel]] = {}
+_loading = threading.Lock()
 
 
 def encode_prompts(

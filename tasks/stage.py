@@ -71,15 +71,44 @@ class Silent:
     def said(self, line: str) -> None: ...
 
 
+class Workers(Protocol):
+    """Where calls of a stage run side by side. Each worker keeps its loaded model."""
+
+    def count(self) -> int:
+        """How many calls can run at the same time."""
+        ...
+
+    def obtain(
+        self,
+        stage: Stage[Any],
+        calls: Sequence[Mapping[str, Any]],
+        prepare: Callable[[], object],
+    ) -> list[Ref]:
+        """The artifacts of the calls, in their order; what is stored is not made again.
+
+        `prepare` loads what calls need and what must not be loaded while others run.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Free the devices until the next call."""
+        ...
+
+
 @dataclass
 class Runtime:
-    """Where and how stages run. Nothing in it can change a result."""
+    """Where and how stages run. Nothing in it can change a result.
+
+    `slot` tells apart the models that share a device; `workers` is None where all runs in turn.
+    """
 
     store: Store
     reporter: Reporter = field(default_factory=Silent)
     device: str | None = None
     device_map: str | None = None
     rows: int = 512
+    slot: int = 0
+    workers: Workers | None = None
     plan: list[Step] | None = None
     building: Find | None = None
 
@@ -186,6 +215,9 @@ class Stage(Generic[P]):
 
             return run_as_task(self, dict(bound.arguments))
         return self.obtain(bound.arguments)
+
+    def __reduce__(self) -> str:
+        return self.build.__qualname__  # travels to other processes by name
 
     def key(self, arguments: Mapping[str, Any]) -> str:
         """The key of a call; all its inputs must be made."""
@@ -304,7 +336,8 @@ def _provenance() -> dict[str, Any]:
     """Versions of what was loaded, the device, memory and the time: told, never part of a key."""
     from importlib.metadata import version
 
-    loaded = [name for name in ("torch", "transformers", "optuna", "polars") if name in sys.modules]
+    told = ("torch", "transformers", "tokenizers", "optuna", "polars")
+    loaded = [name for name in told if name in sys.modules]
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "tribunal": version("tribunal"),

@@ -18,14 +18,9 @@ from artifacts.store import Ref
 from tasks.judging import mean_tokens, metrics, outcome
 from tasks.numerics.objective import Outcome, objective_values
 from tasks.probe import read_card
+from tasks.shards import Case, judge_trials, trial_numbers
 from tasks.stage import Made, current, stage
-from tasks.trials import PARAMETER_NAMES, Trial, open_court, read_baseline, to_frame
-
-
-def trial_numbers(first: int, count: int) -> str:
-    """A person's words for `count` trials from `first` on."""
-    return f"trial {first}" if count == 1 else f"trials {first}-{first + count - 1}"
-
+from tasks.trials import PARAMETER_NAMES, Trial, read_baseline, to_frame
 
 DECIDES = ("seed", "directions", "edit", "search", "judging", "gates")
 
@@ -105,11 +100,11 @@ def judge_generation(
     """Ask for `count` trials, edit, judge; the next generation is told."""
     from tasks.sampler import propose
 
-    court, base = open_court("search", config, protocol, materials, prompts)
-    base_outcome = outcome(metrics(base.rows, court.base_mean_tokens, config.gates))
+    base = read_baseline(materials["baseline"]).rows
+    base_outcome = outcome(metrics(base, mean_tokens(base), config.gates))
     proposed = propose(
         config.search,
-        len(court.bench.loaded.anatomy.layers),
+        read_card(materials["model"]).n_layers,
         _history(previous, config.search, base_outcome),
         generation=number,
         count=count,
@@ -120,7 +115,8 @@ def judge_generation(
         Trial(config.search.preset, first + offset, parameters)
         for offset, parameters in enumerate(proposed)
     ]
-    return Made(to_frame(court.judge(trials, [court.edit_of(t.parameters) for t in trials])))
+    case = Case(protocol=protocol, config=config, materials=materials, prompts=prompts)
+    return Made(to_frame(judge_trials(trials, case)))
 
 
 def _history(

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 from small_study import write_config
 
 from artifacts.store import Store
@@ -87,16 +86,6 @@ def api(environment: dict[str, str], path: str) -> Any:
         answer = client.post(path, json={"limit": 200})
         answer.raise_for_status()
         return answer.json()
-
-
-def test_every_deployment_loads_and_takes_its_parameters() -> None:
-    from prefect.flows import load_flow_from_entrypoint
-
-    for deployment in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
-        flow = load_flow_from_entrypoint(deployment["entrypoint"])
-        assert flow.name == "benchmark"
-        assert deployment["description"]
-        assert flow.validate_parameters(deployment["parameters"])
 
 
 def test_a_deployment_runs_the_study_and_shows_its_results(

@@ -1,0 +1,176 @@
+"""A study plan: models x arms x seeds, each member a benchmark, their winners ranked together.
+
+Members run one after another, the arms of a model beside each other, so that the store answers for
+what they share. A member that fails is reported and costs the others nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+from pydantic import AfterValidator, Field, ValidationError
+
+from artifacts.catalog import rank_frame
+from artifacts.errors import ConfigError, TribunalError
+from artifacts.specs import Config, Name, Seed, Spec
+from artifacts.store import Store
+from flows.pipeline import Benchmark, title
+from flows.settings import explain, find_file, load_config, read_toml, shipped
+
+COLUMNS = (
+    "rank", "member", "study", "arm", "trial", "n_harmful", "refusals", "n_harmless",
+    "n_borderline", "overrefusals", "kl", "gated", "gate_reason", "unedited_refusals",
+    "unedited_overrefusals", "prompts",
+)  # fmt: skip
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("one of them is listed twice")
+    return values
+
+
+class StudyPlan(Spec):
+    """Which benchmarks belong together: every config with every arm and every seed."""
+
+    name: Name
+    configs: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)] = Field(
+        description="shipped names, or TOML files; a relative path starts at the plan's folder"
+    )
+    arms: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)] = Field(
+        description="presets"
+    )
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)] = (0,)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One benchmark of a plan."""
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What came of a plan: the members that finished, their ranking, and why the others did not."""
+
+    name: str
+    finished: Mapping[str, Benchmark]
+    leaderboard: list[dict[str, Any]]  # COLUMNS
+    failed: Mapping[str, Exception]
+
+
+class MembersFailed(TribunalError):
+    """Some members of a plan failed; `result` holds what the others made."""
+
+    def __init__(self, result: StudyResult) -> None:
+        reasons = "; ".join(f"{name}: {one_line(error)}" for name, error in result.failed.items())
+        count = f"{len(result.failed)} of {len(result.failed) + len(result.finished)}"
+        super().__init__(f"{count} members of '{result.name}' failed: {reasons}")
+        self.result = result
+
+
+def load_plan(name: str) -> StudyPlan:
+    """The plan of a shipped name or a TOML path.
+
+    Raises:
+        ConfigError: no such plan, an unknown key, a wrong type or value.
+    """
+    known = shipped("studies")
+    file = find_file(name, known)
+    if file is None:
+        raise ConfigError.unknown("study", name, known)
+    try:
+        plan = StudyPlan.model_validate(read_toml(file))
+    except ValidationError as error:
+        raise explain(error, name, StudyPlan) from error
+    return plan.model_copy(update={"configs": [_beside(file, c) for c in plan.configs]})
+
+
+def _beside(file: Path, config: str) -> str:
+    return str(file.parent / config) if config.endswith(".toml") else config
+
+
+def members_of(plan: StudyPlan, overrides: Sequence[str] = ()) -> list[Member]:
+    """Every member of a plan, the members of one model beside each other.
+
+    Args:
+        plan: the plan.
+        overrides: fields to change in every config, as in "search.trials=96".
+
+    Raises:
+        ConfigError: a config or an arm does not exist, or is not valid.
+    """
+    members = []
+    for config, arm, seed in product(plan.configs, plan.arms, plan.seeds):
+        own = (f"search.preset={arm}", f"seed={seed}")
+        found = load_config(config, (*own, *overrides))
+        members.append(Member(title(found), found))
+    for name, count in Counter(member.name for member in members).items():
+        if count > 1:
+            raise ConfigError(f"{count} members of the study are '{name}'; give each its own name")
+    return members
+
+
+def run_members(
+    plan: StudyPlan,
+    overrides: Sequence[str],
+    store: Store,
+    run: Callable[[Config], Benchmark],
+    said: Callable[[str], None],
+) -> StudyResult:
+    """Run every member of a plan with `run`; tell `said` which one it is and if it fails.
+
+    Raises:
+        ConfigError: a member's config is not valid; then none is run.
+    """
+    finished: dict[str, Benchmark] = {}
+    failed: dict[str, Exception] = {}
+    members = members_of(plan, overrides)
+    for number, member in enumerate(members, 1):
+        said(f"{member.name}, {number} of {len(members)}")
+        try:
+            finished[member.name] = run(member.config)
+        except Exception as error:  # noqa: BLE001 - whatever fails a member, the next ones run
+            failed[member.name] = error
+            said(f"{member.name} failed: {one_line(error)}")
+    ranked = _rank(store, [m for m in members if m.name in finished], finished)
+    return StudyResult(plan.name, finished, ranked, failed)
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line; one that is not ours is named."""
+    words = " ".join(str(error).split())
+    return words if isinstance(error, TribunalError) else f"{type(error).__name__}: {words}"
+
+
+def _rank(
+    store: Store, members: Sequence[Member], finished: Mapping[str, Benchmark]
+) -> list[dict[str, Any]]:
+    """The winners of the members on the test split in the strict order, per set of prompts."""
+    if not members:
+        return []
+    rows = pl.concat([_winner(store, member, finished[member.name]) for member in members])
+    ranked = rank_frame(rows).drop("study").rename({"study_name": "study"})
+    return ranked.select(COLUMNS).to_dicts()
+
+
+def _winner(store: Store, member: Member, found: Benchmark) -> pl.DataFrame:
+    """The row of a member's winner, beside what the unedited model does."""
+    tested = store.read(found.test).drop("responses")
+    unedited = tested.row(by_predicate=pl.col("arm") == "unedited", named=True)
+    study = store.read(found.study, ["study"]).item()
+    return tested.filter(arm=member.config.search.preset).with_columns(
+        protocol=pl.lit("all"),  # what rank_frame ranks apart: here nothing but the prompts
+        study_name=pl.lit(study),
+        member=pl.lit(member.name),
+        unedited_refusals=pl.lit(unedited["refusals"]),
+        unedited_overrefusals=pl.lit(unedited["overrefusals"]),
+    )
