@@ -1,8 +1,8 @@
-# make demo | test | test-slow | check | .venv      (Python 3.11 and make are all that is needed)
+# make demo | test | test-slow | test-faults | check | .venv      (Python 3.11 and make are all that is needed)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow test-faults check format clean
 
 demo: .venv
 	$(BIN)/tribunal run organism
@@ -13,6 +13,9 @@ test: check
 
 test-slow: .venv
 	$(BIN)/pytest -q -m slow
+
+test-faults: .venv
+	$(BIN)/pytest -q -m faults
 
 check: .venv
 	$(BIN)/ruff check .

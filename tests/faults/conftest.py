@@ -1,0 +1,53 @@
+"""Fixtures of the fault tests: one undisturbed study, one launcher, and the figures at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fault_tools import Launcher, Whole, read_whole
+from small_study import write_config
+
+from artifacts.store import Store
+
+FIGURES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def figure() -> Callable[[str, str], None]:
+    """Record what a fault test measured; printed when all tests are done."""
+
+    def record(fault: str, measured: str) -> None:
+        FIGURES.append(f"{fault}: {measured}")
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print every figure."""
+    if FIGURES:
+        terminalreporter.section("faults, measured")
+        for line in FIGURES:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small study."""
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Iterator[Launcher]:
+    """Runs commands without the seconds that their imports take."""
+    folder = tmp_path_factory.mktemp("launcher")
+    found = Launcher(folder, (Store(folder / "store"), ["run", str(config)]))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def whole(launcher: Launcher, config: Path) -> Whole:
+    """The small study as it ends when nothing disturbs it."""
+    return read_whole(Store(launcher.folder / "store"), config, launcher)
