@@ -305,7 +305,9 @@ def _make_folder(path: Path) -> None:
     """Others may tidy it, or its parents, away in the midst of it."""
     for _ in range(100):
         with suppress(FileExistsError, FileNotFoundError):
-            return path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            return
     path.mkdir(parents=True, exist_ok=True)
 
 
