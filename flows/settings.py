@@ -30,7 +30,7 @@ DEEPEST = 32  # tables in tables; the schema needs 5
 
 
 def _bytes(text: Any) -> Any:
-    """ "50GB" as 50,000,000,000; what is no size is left for pydantic to refuse."""
+    """A size as a number of bytes: 50GB as 50,000,000,000."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", str(text), re.IGNORECASE)
     if not found:
         raise ValueError("a size is needed, as in 50GB")
@@ -38,7 +38,7 @@ def _bytes(text: Any) -> Any:
 
 
 def _devices(text: Any) -> Any:
-    """ "cuda:0,cuda:1" as a tuple."""
+    """Names between commas, cuda:0,cuda:1 say, as a tuple."""
     names = tuple(name.strip() for name in str(text).split(","))
     if not all(names):
         raise ValueError("torch devices are needed, as in cuda:0,cuda:1")
