@@ -27,6 +27,10 @@ Tree = dict[str, Any]
 SHIPPED_ORGANISM = "organism"
 LARGEST_CONFIG = 1_000_000  # bytes
 DEEPEST = 32  # tables in tables; the schema needs 5
+# tomllib takes time with the square of a key's dots: what is far too deep it does not get to see.
+_KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
+_ENDLESS_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*+(?>{_KEY_PART}){{100}}", re.MULTILINE)
+TOO_DEEP = f"it is nested deeper than {DEEPEST} tables"
 
 
 def _bytes(text: Any) -> Any:
@@ -86,7 +90,7 @@ class Settings(BaseModel):
             with running(runtime):
                 yield runtime
             return
-        from tasks.lanes import Lanes
+        from tasks.lanes.dispatch import Lanes
 
         kind = "dask" if self.dask else self.runner or "threads"
         lanes = Lanes(kind, self.places, dask=self.dask, device_map=self.device_map, rows=self.rows)
@@ -208,7 +212,7 @@ def read_toml(file: Path) -> Tree:
     try:
         if file.stat().st_size > LARGEST_CONFIG:
             raise ConfigError(f"'{file.name}' is larger than {LARGEST_CONFIG:,} bytes; split it")
-        return _parsed(file.read_text(encoding="utf-8"))
+        return _parsed(file.read_bytes().decode())  # a lone carriage return ends no line of TOML
     except (ValueError, OSError) as error:  # no TOML, no UTF-8, a number of too many digits
         raise ConfigError(f"cannot read '{file.name}': {error}") from error
 
@@ -219,16 +223,18 @@ def _parsed(text: str) -> Tree:
     Raises:
         ValueError: it is none.
     """
+    if _ENDLESS_KEY.search(text):
+        raise ValueError(TOO_DEEP)
     try:
         tree = tomllib.loads(text)
     except RecursionError as error:
-        raise ValueError(f"it is nested deeper than {DEEPEST} tables") from error
+        raise ValueError(TOO_DEEP) from error
     level: list[Any] = [tree]
     for _ in range(DEEPEST):
         level = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
         level = [value for value in level if isinstance(value, (dict, list))]
     if level:
-        raise ValueError(f"it is nested deeper than {DEEPEST} tables")
+        raise ValueError(TOO_DEEP)
     return tree
 
 
@@ -275,12 +281,15 @@ def _parse_override(text: str) -> Tree:
     keys = [key.strip() for key in path.split(".")]
     if not separator or not all(keys):
         raise ConfigError(f"--set takes KEY=VALUE, as in search.trials=96, not '{text}'")
+    if any("\ud800" <= char <= "\udfff" for char in text):  # from bytes that are no UTF-8
+        raise ConfigError(f"--set: '{text}' is no Unicode text; write it in UTF-8")
     if len(keys) > DEEPEST:
         raise ConfigError(f"--set: '{path}' is nested deeper than {DEEPEST} tables")
     try:
-        parsed: Any = _parsed(f"value = {value}")["value"]
+        tree = _parsed(f"value = {value}")
     except ValueError:
-        parsed = value
+        tree = {}
+    parsed: Any = tree["value"] if len(tree) == 1 else value  # more lines are text, not more keys
     for key in reversed(keys):
         parsed = {key: parsed}
     return dict(parsed)
@@ -288,7 +297,9 @@ def _parse_override(text: str) -> Tree:
 
 def explain(error: ValidationError, name: str, schema: type[BaseModel] = Config) -> ConfigError:
     """The first fault of a config (or of what else has this schema), in one line."""
-    first = error.errors()[0]
+    faults = error.errors()
+    # A misspelt key is also a missing one; its name says more.
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     path = [str(part) for part in first["loc"]]
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
@@ -309,7 +320,8 @@ def _shown(value: Any) -> str:
 
 def _plain(message: str) -> str:
     """pydantic's words without its prefix."""
-    return message.removeprefix("Value error, ").lower()
+    words = message.removeprefix("Value error, ")
+    return words[:1].lower() + words[1:]
 
 
 def _fields_at(path: Sequence[str], schema: type[BaseModel]) -> Iterator[str]:

@@ -18,7 +18,9 @@ from small_study import command, digests, environment, tribunal, write_config
 
 from artifacts.errors import WorkerError
 from artifacts.store import Store
-from tasks.lanes import DEATHS, Kind, Lanes, TemporaryServer
+from tasks.lanes.dask_cluster import DEATHS
+from tasks.lanes.dispatch import Kind, Lanes
+from tasks.lanes.prefect_server import TemporaryServer
 from tasks.stage import Made, Runtime, Silent, running, stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -144,7 +146,8 @@ def by_workers(store: Store, kind: Kind, workers: int, home: Path) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers"), [("threads", 2), ("processes", 2), ("processes", 4), ("dask", 2)]
+    ("kind", "workers"),
+    [("threads", 2), ("processes", 2), ("processes", 4), ("dask", 2), ("dask", 4)],
 )
 def test_the_artifacts_are_those_of_a_single_worker(
     alone: Store, config_path: Path, store: Store, kind: Kind, workers: int, tmp_path: Path
