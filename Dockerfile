@@ -24,15 +24,22 @@ RUN groupadd --gid 10001 tribunal \
 
 WORKDIR /app
 
-# torch first: the largest layer changes least
-RUN pip install --index-url "${TORCH_INDEX}" "torch>=2.11,<2.14"
+# torch, then all other packages, then the code: what changes most often comes last
+RUN pip install --index-url "${TORCH_INDEX}" "torch==2.13.0"
 
-COPY pyproject.toml README.md LICENSE prefect.yaml ./
+COPY pyproject.toml ./
+COPY deploy/constraints.txt deploy/
+RUN touch README.md LICENSE \
+ && pip install --constraint deploy/constraints.txt ".[${EXTRAS}]" \
+ && pip uninstall --yes tribunal \
+ && rm -rf build tribunal.egg-info
+
+COPY README.md LICENSE prefect.yaml ./
 COPY artifacts/ artifacts/
 COPY tasks/ tasks/
 COPY flows/ flows/
 COPY deploy/ deploy/
-RUN pip install --editable ".[${EXTRAS}]"
+RUN pip install --no-deps --editable .
 
 USER 10001:10001
 EXPOSE 4200

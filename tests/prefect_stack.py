@@ -198,6 +198,14 @@ class Stack:
 
         return str(wait_until(f"run {run} to be {states}", reached))
 
+    def workers(self) -> list[str]:
+        """Names of the workers that the pool tribunal has online."""
+        pools = [pool["name"] for pool in self.ask("POST", "/work_pools/filter", {})]
+        if "tribunal" not in pools:
+            return []
+        found = self.ask("POST", "/work_pools/tribunal/workers/filter", {})
+        return sorted(worker["name"] for worker in found if worker["status"] == "ONLINE")
+
     def events(self, event: str) -> list[dict[str, Any]]:
         """The lines of one kind in the log of artifacts: made, cached or said."""
         lines = map(json.loads, (self.home / "events.jsonl").read_text().splitlines())

@@ -15,7 +15,7 @@ from artifacts.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-LONGER = "search.trials=12"  # long enough to be stopped in the middle
+LONGER = "search.trials=8"  # long enough to be stopped in the middle
 
 
 @pytest.fixture(scope="module")

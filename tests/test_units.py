@@ -17,7 +17,10 @@ import httpx
 import prefect.settings
 import pytest
 import yaml
-from prefect_stack import BIN, LOOPBACK, PATIENCE, ROOT, Stack, answers, free_port, stop, wait_until
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from prefect.events.schemas.automations import AutomationCore, EventTrigger
+from prefect_stack import BIN, LOOPBACK, PATIENCE, ROOT, Stack, free_port, stop, wait_until
 
 from flows.settings import Settings
 from flows.worker import OBEDIENCE
@@ -27,7 +30,12 @@ COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 SYSTEMD = ROOT / "deploy" / "systemd"
 HOME = "/opt/tribunal"  # where the units expect the checkout
-ENVIRONMENT_FILE = (SYSTEMD / "tribunal.env.example").read_text()
+SERVER_FILE = (SYSTEMD / "server.env.example").read_text()
+WORKER_FILE = (SYSTEMD / "worker.env.example").read_text()
+DOT_ENV = (ROOT / ".env.example").read_text()
+CONSTRAINTS = (ROOT / "deploy" / "constraints.txt").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OURS = {f"TRIBUNAL_{name.upper()}" for name in Settings.model_fields}
 
 
 def unit(name: str) -> ConfigParser:
@@ -40,7 +48,12 @@ def unit(name: str) -> ConfigParser:
 
 def given(text: str) -> dict[str, str]:
     """What an environment file sets."""
-    return dict(re.findall(r"^([A-Z_]+)=(.*)$", text, flags=re.MULTILINE))
+    return dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", text, flags=re.MULTILINE))
+
+
+def offered(text: str) -> dict[str, str]:
+    """The same with what is commented out."""
+    return given(re.sub("^#(?=[A-Z0-9_]+=)", "", text, flags=re.MULTILINE))
 
 
 def instructions(name: str) -> list[str]:
@@ -51,7 +64,7 @@ def instructions(name: str) -> list[str]:
 def test_the_image_copies_what_exists_and_the_build_context_holds() -> None:
     kept = {line[1:].rstrip("/") for line in ignored() if line.startswith("!")}
     copied = {part.rstrip("/") for line in instructions("COPY") for part in line.split()[:-1]}
-    assert copied == kept
+    assert copied - {"deploy/constraints.txt"} == kept  # that one comes early, for its layer
     assert all((ROOT / name).exists() for name in copied)
     assert ignored()[0] == "*"  # so that nothing else, a secret say, can get into an image
     assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
@@ -65,24 +78,45 @@ def ignored() -> list[str]:
 def test_the_image_is_pinned_and_drops_root() -> None:
     assert instructions("FROM") == ["docker.io/library/python:3.11-slim-bookworm"]
     assert instructions("USER") == ["10001:10001"]
-    torch = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"][0]
-    assert f'"{torch}"' in DOCKERFILE
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for line in re.findall(r"EXTRAS[:=] ?([a-z0-9,]+)", DOCKERFILE):
-        assert set(line.split(",")) <= set(extras["optional-dependencies"])
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS, flags=re.MULTILINE))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    assert f'"torch=={pins["torch"]}"' in DOCKERFILE
+    extras = PROJECT["optional-dependencies"]
+    for text in (DOCKERFILE, *(ROOT.glob("compose*.yaml"))):
+        told = text if isinstance(text, str) else text.read_text()
+        used = re.findall(r"EXTRAS(?:=|: |:-)([a-z0-9,]+)", told)
+        assert used
+        assert all(set(line.split(",")) <= set(extras) for line in used)
+    for line in [*PROJECT["dependencies"], *extras["s3"], *extras["dask"], *extras["gpu"]]:
+        wanted = Requirement(line)
+        assert pins[canonicalize_name(wanted.name)] in wanted.specifier, line
 
 
 def test_what_is_published_is_published_on_loopback_and_nothing_holds_a_secret() -> None:
     published = {name: s["ports"] for name, s in SERVICES.items() if "ports" in s}
-    assert published == {"server": ["127.0.0.1:4200:4200"]}
+    assert published == {"server": ["${PUBLISH:-127.0.0.1:4200}:4200"]}
     for service in SERVICES.values():
         for name, value in service.get("environment", {}).items():
-            if re.search("PASSWORD|AUTH|TOKEN", name):
-                assert re.fullmatch(r"\$\{[A-Z_]+(:-|:\?.*)\}", str(value)), name
-    secrets = given((ROOT / ".env.example").read_text())
-    assert set(secrets.values()) == {""}
-    asked = set(re.findall(r"\$\{([A-Z_]+):\?", (ROOT / "compose.yaml").read_text()))
-    assert asked <= set(secrets)
+            if re.search("PASSWORD|AUTH|TOKEN|SECRET|ACCESS_KEY", name):
+                assert value is None or re.fullmatch(r"\$\{[A-Z_]+:\?.*\}", str(value)), name
+    assert set(given(DOT_ENV).values()) == {""}
+    for name, value in (offered(SERVER_FILE) | offered(WORKER_FILE)).items():
+        if re.search("PASSWORD|AUTH|TOKEN|SECRET|ACCESS_KEY", name):
+            assert value in ("", "user:password"), name
+    secrets = {name for name in offered(SERVER_FILE) if re.search("DATABASE|SERVER_API_AUTH", name)}
+    assert secrets
+    assert not secrets & (set(offered(WORKER_FILE)) | set(SERVICES["worker"]["environment"]))
+
+
+def test_the_example_files_name_all_that_can_be_set() -> None:
+    text = "".join(path.read_text() for path in ROOT.glob("compose*.yaml"))
+    asked = set(re.findall(r"\$\{([A-Z_]+):[?]", text))
+    optional = set(re.findall(r"\$\{([A-Z_]+):-", text))
+    passed = {n for n, value in SERVICES["worker"]["environment"].items() if value is None}
+    assert set(given(DOT_ENV)) == asked
+    assert set(offered(DOT_ENV)) == asked | optional | passed
+    assert passed >= OURS
+    assert set(offered(WORKER_FILE)) >= passed
 
 
 def test_ports_hosts_and_health_checks_agree() -> None:
@@ -92,39 +126,60 @@ def test_ports_hosts_and_health_checks_agree() -> None:
     assert f"http://127.0.0.1:{port}/api/health" in server["healthcheck"]["test"][-1]
     web = worker["environment"]["PREFECT_WORKER_WEBSERVER_PORT"]
     assert f"http://127.0.0.1:{web}/health" in worker["healthcheck"]["test"][-1]
-    assert worker["environment"]["PREFECT_API_URL"] == f"http://server:{port}/api"
+    api = f"${{WORKERS_API_URL:-http://server:{port}/api}}"
+    assert worker["environment"]["PREFECT_API_URL"] == api
     assert server["environment"]["PREFECT_SERVER_DATABASE_HOST"] in SERVICES
     assert set(SERVICES["postgres"]["networks"]) < set(server["networks"])
     for service in SERVICES.values():
         for other, condition in service.get("depends_on", {}).items():
             has = "healthcheck" in SERVICES[other]
             assert has == (condition["condition"] == "service_healthy"), other
-    told = given(ENVIRONMENT_FILE)
-    host, port = told["PREFECT_SERVER_API_HOST"], told["PREFECT_SERVER_API_PORT"]
+    served, told = given(SERVER_FILE), given(WORKER_FILE)
+    host, port = served["PREFECT_SERVER_API_HOST"], served["PREFECT_SERVER_API_PORT"]
     assert told["PREFECT_API_URL"] == f"http://{host}:{port}/api"
     assert host == told["PREFECT_WORKER_WEBSERVER_HOST"] == LOOPBACK
 
 
-def test_the_health_commands_tell_up_from_down() -> None:
-    for name in ("server", "worker"):
-        kind, program, *arguments = SERVICES[name]["healthcheck"]["test"]
-        assert (kind, program) == ("CMD", "python")
-        nowhere = arguments[-1].replace(":4200", f":{free_port()}").replace(":8080", ":1")
-        done = subprocess.run([BIN / program, arguments[0], nowhere], capture_output=True)
-        assert done.returncode == 1
-        assert b"Connection refused" in done.stderr
+def health(service: str, port: str | int) -> subprocess.CompletedProcess[bytes]:
+    """Run the health check of a service of compose.yaml here, against another port."""
+    kind, program, *arguments = SERVICES[service]["healthcheck"]["test"]
+    assert (kind, program) == ("CMD", "python")
+    arguments[-1] = re.sub(r":(4200|8080)", f":{port}", arguments[-1])
+    environment = os.environ | {"no_proxy": "*"}
+    return subprocess.run([BIN / program, *arguments], capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize("service", ["server", "worker"])
+def test_a_health_check_fails_where_nothing_listens(service: str) -> None:
+    done = health(service, free_port())
+    assert done.returncode == 1
+    assert b"Connection refused" in done.stderr
 
 
 def test_every_setting_is_one() -> None:
-    ours = {f"TRIBUNAL_{name.upper()}" for name in Settings.model_fields} | {"TRIBUNAL_ROOT"}
     set_by_us = {name for s in SERVICES.values() for name in s.get("environment", {})}
-    set_by_us |= set(given(ENVIRONMENT_FILE.replace("#PREFECT", "PREFECT")))
+    set_by_us |= set(offered(SERVER_FILE)) | set(offered(WORKER_FILE))
     set_by_us |= set(re.findall(r"\b((?:PREFECT|TRIBUNAL)_[A-Z_]+)=", DOCKERFILE))
     assert len(set_by_us) > 20
     for name in set_by_us:
         if name.startswith(("PREFECT_", "TRIBUNAL_")):
-            assert name in ours or hasattr(prefect.settings, name), name
+            assert name in OURS | {"TRIBUNAL_ROOT"} or hasattr(prefect.settings, name), name
     assert not hasattr(prefect.settings, "PREFECT_WORKER_WEB_PORT")
+
+
+def test_the_automation_knows_every_end_of_a_run() -> None:
+    (shipped,) = yaml.safe_load((ROOT / "deploy" / "automations.yaml").read_text())["automations"]
+    automation = AutomationCore.model_validate(shipped)
+    assert isinstance(automation.trigger, EventTrigger)
+    known = {event.removeprefix("prefect.flow-run.") for event in automation.trigger.expect}
+    text = "".join(path.read_text() for path in (ROOT / "flows").glob("*.py"))
+    ours = set(
+        re.findall(r"\b(?:Completed|Failed|Cancelled|AwaitingRetry)\(\s*name=\"(\w+)\"", text)
+    )
+    assert ours == {"Unchanged", "Drifted", "Unmeasured"}
+    assert known == ours | {"heartbeat", "Completed", "Failed", "Cancelled", "Crashed"} | {
+        *("AwaitingRetry", "Paused", "Suspended"),
+    }
 
 
 def test_a_stop_leaves_a_worker_the_time_that_it_takes() -> None:
@@ -160,15 +215,13 @@ def verify(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> Stack:
-    """The environment file, its folders and ports ours, and Prefect's password set."""
-    port, web = free_port(), free_port()
-    text = ENVIRONMENT_FILE.replace("#PREFECT", "PREFECT").replace(HOME, str(ROOT))
-    text = text.replace("/var/lib/tribunal", str(tmp_path)).replace(":4200", f":{port}")
-    told = given(text.replace("_PORT=4200", f"_PORT={port}").replace("_PORT=8080", f"_PORT={web}"))
-    told.pop("PREFECT_SERVER_DATABASE_CONNECTION_URL")  # tests/test_postgres.py is about that
-    return Stack(tmp_path, told, port)
+def moved(text: str, folder: Path, server: int, web: int) -> dict[str, str]:
+    """An environment file with everything that it offers set, its folders and ports ours."""
+    text = text.replace(HOME, str(ROOT)).replace("/var/lib/tribunal", str(folder))
+    text = text.replace(":4200", f":{server}").replace("_PORT=4200", f"_PORT={server}")
+    told = offered(text.replace("_PORT=8080", f"_PORT={web}"))
+    told.pop("PREFECT_SERVER_DATABASE_CONNECTION_URL", None)  # tests/test_postgres.py has one
+    return {name: value for name, value in told.items() if value}
 
 
 def command(name: str, key: str, settings: dict[str, str]) -> list[str]:
@@ -178,39 +231,49 @@ def command(name: str, key: str, settings: dict[str, str]) -> list[str]:
     return shlex.split(line.replace("%H", "this-host"))
 
 
+def test_the_scripts_are_programs() -> None:
+    for name in ("as-worker", "setup.sh"):
+        assert os.access(ROOT / "deploy" / name, os.X_OK), name
+
+
+def test_as_worker_sets_what_systemd_would_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "worker.env"
+    file.write_text("# A=no\n#B=no\nC=user:pa$$ w`id`\n\nD=x=y\n")
+    program = 'import os, sys; print([os.environ.get(n) for n in "ABCD"], *sys.argv[1:])'
+    asked = [ROOT / "deploy" / "as-worker", "python3", "-c", program, "one argument"]
+    environment = {"PATH": os.environ["PATH"], "TRIBUNAL_ENVIRONMENT": str(file)}
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True)
+    assert done.stdout == "[None, None, 'user:pa$$ w`id`', 'x=y'] one argument\n"
+    file.unlink()
+    assert subprocess.run(asked, env=environment, capture_output=True).returncode != 0
+
+
 def ask(stack: Stack, path: str, auth: tuple[str, str] | None) -> int:
     with httpx.Client(trust_env=False, auth=auth) as client:
         return client.get(stack.api + path).status_code
 
 
 @pytest.mark.slow
-def test_the_units_start_are_healthy_want_the_password_and_stop(installed: Stack) -> None:
-    told = dict(installed.settings)
+def test_the_units_start_are_healthy_want_the_password_and_stop(tmp_path: Path) -> None:
+    port, web = free_port(), free_port()
+    served, told = (moved(text, tmp_path, port, web) for text in (SERVER_FILE, WORKER_FILE))
+    stack = Stack(tmp_path, told, port)
     server_unit, worker_unit = "tribunal-server.service", "tribunal-worker.service"
-    web = f"http://{LOOPBACK}:{told['PREFECT_WORKER_WEBSERVER_PORT']}/health"
-    worker = installed.start("worker", *command(worker_unit, "ExecStart", told))
-    wait_until("a worker that waits for its server", lambda: answers(web))
-    server = installed.start("server", *command(server_unit, "ExecStart", told))
+    worker = stack.start("worker", *command(worker_unit, "ExecStart", told))
+    wait_until("a worker that waits for its server", lambda: health("worker", web).returncode == 0)
+    server = stack.start("server", *command(server_unit, "ExecStart", served), **served)
     try:
-        post = command(server_unit, "ExecStartPost", told)
+        post = command(server_unit, "ExecStartPost", served)
         assert subprocess.run(post, env=os.environ | {"no_proxy": "*"}).returncode == 0
-        assert ask(installed, "/health", None) == 200
-        assert ask(installed, "/version", None) == 401
-        assert ask(installed, "/version", ("user", "wrong")) == 401
-        assert ask(installed, "/version", ("user", "password")) == 200
-        wait_until("the worker to be known", lambda: known_workers(installed) == ["this-host"])
-        installed.set_up()
+        assert ask(stack, "/health", None) == 200
+        assert ask(stack, "/version", None) == 401
+        assert ask(stack, "/version", ("user", "wrong")) == 401
+        assert ask(stack, "/version", ("user", "password")) == 200
+        wait_until("the worker to be known", lambda: stack.workers() == ["this-host"])
+        assert [health("server", port).returncode, health("worker", web).returncode] == [0, 0]
     finally:
         how = signal.Signals[unit(worker_unit)["Service"]["KillSignal"]]
         codes = stop(worker, how, PATIENCE), stop(server, how, PATIENCE)
     assert codes[0] == 0
     assert codes[1] in (0, -signal.SIGTERM)  # which systemd takes for a clean end
-    assert not answers(web)
-
-
-def known_workers(stack: Stack) -> list[str]:
-    pools = [pool["name"] for pool in stack.ask("POST", "/work_pools/filter", {})]
-    if "tribunal" not in pools:
-        return []
-    found = stack.ask("POST", "/work_pools/tribunal/workers/filter", {})
-    return [worker["name"] for worker in found if worker["status"] == "ONLINE"]
+    assert [health("server", port).returncode, health("worker", web).returncode] == [1, 1]
