@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
@@ -199,11 +200,9 @@ class Lanes:
         }
 
         def submit() -> PrefectFuture[Any]:
-            runner = lane.runner()
             with _undisturbed():
-                future: PrefectFuture[Any] = runner.submit(
-                    work.with_options(name=stage.kind), parameters
-                )
+                runner, named = lane.runner(), work.with_options(name=stage.kind)
+                future: PrefectFuture[Any] = runner.submit(named, parameters)
             return future
 
         future = self._context.run(submit)
@@ -220,12 +219,21 @@ def _named(lane: Lane) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back for a moment: amid pydantic's code it would come out as another error."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Hold Ctrl-C back for a moment: amid pydantic's code it would come out as another error.
+
+    Blocking the signal would not do, for another thread would take it for this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _deaths_of_workers() -> tuple[type[Exception], ...]:
