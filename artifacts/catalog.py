@@ -8,9 +8,10 @@ same views in a file for any DuckDB client.
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from artifacts.errors import QueryError
+from artifacts.errors import QueryError, StoreError
+from artifacts.places import WORKSHOPS
 from artifacts.sandbox import run_apart
 from artifacts.schemas import NESTED, RESPONSE, STORED, Column
 from artifacts.sql_guard import refuse_all_but_select
@@ -90,18 +92,27 @@ def write_database(store: Store) -> Path | None:
     """Write `<store>/tribunal.duckdb`, holding the views only, for any DuckDB client.
 
     None for a store in object storage, where a client needs its own means to read the files.
+
+    Raises:
+        StoreError: it cannot be written.
     """
     if store.place.remote:
         return None
     final = store.root / "tribunal.duckdb"
-    draft = store.root / f".tribunal-{os.getpid()}.duckdb"
-    draft.unlink(missing_ok=True)
-    connection = duckdb.connect(str(draft))
-    try:
-        _create_views(connection, store, glob=True)
-    finally:
-        connection.close()
-    draft.replace(final)
+    workshop = store.root / WORKSHOPS / f"tribunal-duckdb-{uuid.uuid4().hex}"
+    with store.lock("tribunal", "duckdb"):  # whose name makes the workshop ours, and a leftover
+        try:
+            workshop.mkdir(parents=True)
+            with closing(duckdb.connect(str(workshop / final.name))) as connection:
+                _create_views(connection, store, glob=True)
+            (workshop / final.name).replace(final)
+        except (OSError, duckdb.IOException) as error:
+            said = first_line(error)
+            raise StoreError(
+                f"cannot write '{final}' ({said}); all artifacts are stored"
+            ) from error
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
     return final
 
 
@@ -144,10 +155,16 @@ def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: boo
         )
     connection.execute(_artifacts_view(store, glob and bool(manifests)))
     for kind, columns in STORED.items():
-        files = [store.place.url(path) for manifest, path in whole if manifest.kind == kind]
+        own = [(manifest, path) for manifest, path in whole if manifest.kind == kind]
+        files = [store.place.url(path) for _, path in own]
         if glob and files:
             files = [str(store.root / kind / "*" / "data.parquet")]
-        connection.execute(f"CREATE VIEW stored_{kind} AS {_stored(kind, columns, files)}")
+        view = f"CREATE VIEW stored_{kind} AS "
+        try:
+            connection.execute(view + _stored(kind, columns, files))
+        except duckdb.Error:  # one is torn, or was removed: what does not verify is not there
+            files = [store.place.url(path) for m, path in own if store.find(kind, m.key)]
+            connection.execute(view + _stored(kind, columns, files))
     connection.execute(query_text("views"))
     for view, query in (("ranking", "rank"), ("pareto", "pareto"), ("leaderboard", "leaderboard")):
         connection.execute(f"CREATE VIEW {view} AS {query_text(query)}")
@@ -166,7 +183,8 @@ def _stored(kind: str, columns: tuple[Column, ...], files: list[str]) -> str:
     return (
         f"{empty} UNION ALL BY NAME SELECT * EXCLUDE (filename), "
         "regexp_extract(filename, '([^/]+)/[^/]+$', 1) AS key "
-        f"FROM read_parquet([{listed}], union_by_name = true, filename = true)"
+        f"FROM read_parquet([{listed}], union_by_name = true, filename = true, "
+        "hive_partitioning = false)"  # a store may lie in a folder named 'disk=2'
     )
 
 

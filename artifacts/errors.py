@@ -6,6 +6,7 @@ TribunalError              one line for the user, exit code 2
 ├── ModelError             a model that cannot be loaded, rendered, edited or trusted
 ├── StoreError             a store that cannot be read or written
 │   └── CorruptArtifact    an artifact whose bytes are not those its manifest promises
+├── ServerError            the Prefect server cannot be reached
 ├── WorkerError            workers that judge trials cannot be reached, or die again and again
 ├── TestSplitSpent         the test split was already opened for another trial
 ├── MembersFailed          some benchmarks of a study plan failed (flows/study_plan.py)
@@ -24,7 +25,8 @@ from collections.abc import Iterable
 
 LONGEST = 1000  # characters of a message
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s']+@")
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$|CONNECTION_URL")
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$|CONNECTION_URL|AUTH_STRING")
+_PASSWORD = re.compile(r":([^/@\s]+)(?:@|$)")  # in user:password, and in a URL
 _SHORTEST_SECRET = 8  # characters; what is shorter would hide words
 
 
@@ -62,6 +64,10 @@ class CorruptArtifact(StoreError):
     """Stored bytes differ from the manifest's promise."""
 
 
+class ServerError(TribunalError):
+    """The Prefect server cannot be reached."""
+
+
 class WorkerError(TribunalError):
     """The workers that judge trials cannot be reached, or die again and again."""
 
@@ -79,12 +85,18 @@ class QueryError(TribunalError):
 def one_line(text: str) -> str:
     """A text as it may be shown: secrets hidden, line breaks escaped, a long middle left out."""
     text = _TOKEN.sub("***", text)
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
-            text = text.replace(value, "***")
+    for secret in _secrets():
+        text = text.replace(secret, "***")
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _secrets() -> list[str]:
+    """What the environment holds that is not to be shown, and the passwords inside it."""
+    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    found = [*values, *(password for value in values for password in _PASSWORD.findall(value))]
+    return [secret for secret in found if len(secret) >= _SHORTEST_SECRET]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

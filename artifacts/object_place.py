@@ -39,6 +39,10 @@ class ObjectPlace:
         self._protocol = url.split("://")[0]
         if "@" in urlsplit(url).netloc:
             raise StoreError("a store's URL holds no credentials; give them in the environment")
+        if not url.partition("://")[2].strip("/"):
+            raise StoreError(f"a store's URL names a bucket, as in s3://bucket, unlike '{url}'")
+        if self._protocol in ("http", "https"):
+            raise StoreError(f"a store cannot be on '{self._protocol}://', which only reads")
         self._fs, self._faults = _open(self._protocol)
         self._base: str = self._fs._strip_protocol(self.location)
 

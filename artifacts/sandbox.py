@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import IO, Any
 
 from artifacts.errors import QueryError
@@ -32,8 +33,11 @@ def run_apart(location: str, sql: str, time_limit: float) -> tuple[Columns, Rows
         time_limit: seconds, from the moment the views stand.
 
     Raises:
-        QueryError: an error of the query, or a limit of time, memory or size reached.
+        QueryError: an error of the query, a limit of time, memory or size reached, or a store
+            that no other process can see.
     """
+    if location.startswith("memory://"):
+        raise QueryError(f"'{location}' is in this process alone; SQL needs a folder or a bucket")
     command = [sys.executable, "-P", "-m", "artifacts.sandbox_child"]
     whole = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
@@ -52,8 +56,8 @@ def run_apart(location: str, sql: str, time_limit: float) -> tuple[Columns, Rows
 def _answer(child: subprocess.Popen[bytes], task: str, limit: float) -> tuple[Columns, Rows]:
     assert child.stdin
     assert child.stdout
-    child.stdin.write(task.encode())
-    child.stdin.close()
+    with suppress(BrokenPipeError), child.stdin:  # one that ended already is told of below
+        child.stdin.write(task.encode())
     first = child.stdout.readline()
     if first != READY:  # the store could not be read, or the process could not start
         return _parsed([first], child.wait())

@@ -48,7 +48,12 @@ def _bound_memory() -> None:
 
 
 def _say(what: Any) -> None:
-    print(json.dumps(what, default=str), flush=what == "ready")  # noqa: T201
+    print(json.dumps(what, default=_text), flush=what == "ready")  # noqa: T201
+
+
+def _text(value: Any) -> str:
+    """A value that JSON does not have; bytes as escapes, without Python's quotes."""
+    return repr(value)[2:-1] if isinstance(value, bytes) else str(value)
 
 
 if __name__ == "__main__":

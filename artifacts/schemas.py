@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from artifacts.specs import COMPONENTS
-
 if TYPE_CHECKING:
     import polars as pl
+
+
+COMPONENTS = ("attn_o_proj", "mlp_down_proj")  # here, not in specs: SQL runs without pydantic
 
 
 @dataclass(frozen=True)

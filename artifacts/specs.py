@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from artifacts.schemas import COMPONENTS as COMPONENTS
+
 CLASSES = ("harmful", "harmless", "borderline")
 SPLITS = ("direction", "search", "selection", "test")
-COMPONENTS = ("attn_o_proj", "mlp_down_proj")
 
 Scope = Literal["global", "per layer"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from artifacts.errors import CorruptArtifact, StoreError
 from artifacts.keys import Json
+from artifacts.paths import exists
 from artifacts.places import MANIFEST as MANIFEST
 from artifacts.places import QUARANTINE, LocalPlace, Place, size_text
 
@@ -160,9 +162,15 @@ class Store:
         try:
             return self.check(kind, key).ref
         except StoreError as error:
-            if report and self.place.exists(f"{kind}/{key}"):
+            if report and self._is_there(kind, key):
                 report(f"{error}; it will be rebuilt")
             return None
+
+    def _is_there(self, kind: str, key: str) -> bool:
+        try:
+            return self.place.exists(f"{kind}/{key}")
+        except OSError as error:
+            raise self._unreadable(error) from error
 
     def read(self, ref: Ref, columns: list[str] | None = None) -> pl.DataFrame:
         """The artifact's table, verified.
@@ -360,8 +368,8 @@ def _place(location: str) -> Place:
         from artifacts.object_place import ObjectPlace
 
         return ObjectPlace(location)
-    root = Path(location.removeprefix("file://")).expanduser().absolute()
-    if root.exists() and not root.is_dir():
+    root = Path(os.path.expanduser(location.removeprefix("file://"))).absolute()
+    if exists(root) and not root.is_dir():
         raise StoreError(f"the store '{root}' is not a folder; set TRIBUNAL_STORE to one")
     return LocalPlace(root)
 

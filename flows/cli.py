@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.padding import Padding
 
-from artifacts.errors import ConfigError, TestSplitSpent, TribunalError
+from artifacts.errors import ConfigError, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
 from flows import display, drift_commands
 from flows.logs import with_log
@@ -76,10 +77,31 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except Exception as error:
+        lost = _lost_server(error)
+        if lost is None:
+            raise
+        _fail(str(lost), lost.exit_code, debug)
     if code == INTERRUPTED:
         line = "interrupted; nothing is lost: the same command goes on from here"
         print(f"tribunal: {line}", file=sys.stderr)  # noqa: T201
     raise SystemExit(code or 0)
+
+
+def _lost_server(error: Exception) -> ServerError | None:
+    """What to say of a Prefect server that cannot be reached, if that is what went wrong."""
+    import httpx
+
+    url, asked = os.environ.get("PREFECT_API_URL"), ""
+    if isinstance(error, httpx.TransportError):
+        with suppress(RuntimeError):  # it does not know its request
+            asked = str(error.request.url)
+    if url and (asked.startswith(url) or "Failed to reach API" in str(error)):
+        return ServerError(
+            f"the Prefect server at '{url}' cannot be reached; what is made is stored: start it "
+            "and run the same command again, or unset PREFECT_API_URL"
+        )
+    return None
 
 
 def _fail(line: str, code: int, debug: bool) -> None:

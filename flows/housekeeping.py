@@ -15,6 +15,7 @@ from artifacts.store import MANIFEST, Manifest, Store
 
 ROOTS = ("studies", "winners", "tests", "leaderboards", "figures", "labels", "drift")
 OF_A_STUDY = ("generations", "selections")  # belong to a study that made their protocol
+REMARKS = ("near_duplicates",)  # made from what studies use, and used by none
 READERS = 8
 
 Node = tuple[str, str]  # kind and key
@@ -57,7 +58,10 @@ def collect(store: Store, doomed: list[Doomed]) -> Iterator[Doomed]:
 
 
 def reachable(manifests: Mapping[Node, Manifest], used: set[Node]) -> set[Node]:
-    """Everything that a root or a running build was made from, and what belongs to a study."""
+    """Everything that a root or a running build was made from, and what belongs to a study.
+
+    With it goes what is said of it: overlaps between prompt sets that are all kept.
+    """
     found: set[Node] = set()
     todo = [node for node in manifests if node[0] in ROOTS] + list(used)
     named = {m.inputs["protocol"]["key"] for m in manifests.values() if m.kind == "studies"}
@@ -71,7 +75,8 @@ def reachable(manifests: Mapping[Node, Manifest], used: set[Node]) -> set[Node]:
         if node not in found:
             found.add(node)
             todo += _inputs(manifests[node]) if node in manifests else []
-    return found
+    remarks = (node for node in manifests if node[0] in REMARKS)
+    return found | {node for node in remarks if found.issuperset(_inputs(manifests[node]))}
 
 
 def check_all(store: Store, on_progress: Callable[[int, int], None]) -> tuple[int, dict[Node, str]]:

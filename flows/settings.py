@@ -35,7 +35,7 @@ TOO_DEEP = f"it is nested deeper than {DEEPEST} tables"
 
 def _bytes(text: Any) -> Any:
     """A size as a number of bytes: 50GB as 50,000,000,000."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", str(text), re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kMGT]?)B?\s*", str(text), re.IGNORECASE)
     if not found:
         raise ValueError("a size is needed, as in 50GB")
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))

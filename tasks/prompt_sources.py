@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SPLIT = re.compile(r"(\w[\w.-]*)(?:\[(-?\d{1,18}%?)?:(-?\d{1,18}%?)?(?::(\d{1,18}))?\])?")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")  # the hub's own limit
 _ORGANISM = re.compile(r"organism/([\w.-]+\.jsonl)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 LONGEST_PROMPT = 1_000_000  # characters
@@ -145,7 +146,7 @@ def _rows(split: str, bounds: Sequence[str | None], table: _Table) -> range:
     start, stop, step = bounds
     first = 0 if start is None else _bound(start, table.height)
     end = table.height if stop is None else _bound(stop, table.height)
-    if not 0 <= first <= table.height or not 0 <= end <= table.height:
+    if first is None or end is None:
         raise PromptError(
             f"split '{split}' goes beyond the rows of {table.name}, which has {table.height}"
         )
@@ -157,10 +158,12 @@ def _rows(split: str, bounds: Sequence[str | None], table: _Table) -> range:
     return rows
 
 
-def _bound(text: str, height: int) -> int:
-    """One bound of a slice; percentages round to the nearest row, as `datasets` does."""
-    is_percentage = text.endswith("%")
-    value = round(height * int(text[:-1]) / 100) if is_percentage else int(text)
+def _bound(text: str, height: int) -> int | None:
+    """One bound of a slice, None beyond the rows; percentages round as `datasets` does."""
+    number, whole = (int(text[:-1]), 100) if text.endswith("%") else (int(text), height)
+    if abs(number) > whole:
+        return None
+    value = round(height * number / (whole or 1))
     return value + height if text.startswith("-") else value
 
 
@@ -331,7 +334,7 @@ def _csv_rows(text: str) -> Sequence[object]:
         if len(cells) > len(header):  # an unquoted comma would cut a prompt short
             raise csv.Error(f"line {lines.line_num} has more cells than the header")
         if cells:
-            rows.append(dict(zip(header, cells, strict=False)))
+            rows.append(dict(zip_longest(header, cells)))  # a short row lacks cells, not columns
     return rows
 
 

@@ -14,6 +14,7 @@ from artifacts.catalog import catalog, fetch, user_query, write_database
 from artifacts.errors import QueryError
 from artifacts.schemas import VIEWS
 from artifacts.store import Store
+from flows.housekeeping import collect, unreachable
 
 
 @pytest.mark.parametrize("view", sorted(VIEWS))
@@ -56,6 +57,30 @@ def test_an_unfinished_artifact_is_not_seen(store: Store) -> None:
     put_study(store, trial_row(0))
     (store.root / "generations" / ("d" * 32) / "manifest.json").unlink()
     assert user_query(store, "SELECT count(*) FROM trials").rows == ((0,),)
+
+
+def test_a_folder_named_like_a_column_changes_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / "disk=2" / "trial=7")
+    put_study(store, trial_row(0), trial_row(1))
+    with catalog(store) as connection:
+        table = fetch(connection, "SELECT * FROM trials ORDER BY trial")
+    assert table.columns == tuple(c.name for c in VIEWS["trials"])
+    assert [row["trial"] for row in table.records()] == [0, 1]
+
+
+@pytest.mark.parametrize("share", [0.5, 1], ids=["cut", "blank"])
+def test_a_torn_artifact_is_left_out_of_queries_and_of_the_database(
+    store: Store, share: float
+) -> None:
+    put_study(store, trial_row(0))
+    put_table(store, "generations", trials(trial_row(1)), "e" * 32)
+    assert user_query(store, "SELECT list(trial) FROM trials").rows == (([0, 1],),)
+    data = store.folder("generations", "e" * 32) / "data.parquet"
+    data.write_bytes(bytes(int(data.stat().st_size * share)))
+    assert user_query(store, "SELECT list(trial) FROM trials").rows == (([0],),)
+    path = write_database(store)
+    connection = duckdb.connect(str(path), read_only=True)
+    assert connection.sql("SELECT list(trial) FROM trials").fetchall() == [([0],)]
 
 
 REFUSED = [
@@ -124,3 +149,21 @@ def test_the_database_file_works_from_anywhere(store: Store, tmp_path: Path) -> 
     )
     assert done.stdout == "2\n"
     assert duckdb.connect(str(path), read_only=True).sql("FROM trials").fetchall()
+
+
+def test_a_killed_write_of_the_database_leaves_only_what_gc_frees(store: Store) -> None:
+    code = (
+        "import os, sys\n"
+        "from artifacts.catalog import write_database\n"
+        "from artifacts.store import Store\n"
+        "sys.addaudithook(lambda event, _: event == 'os.rename' and os.kill(os.getpid(), 9))\n"
+        f"write_database(Store({str(store.root)!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    (left,) = [place for place in unreachable(store) if place.why == "leftover"]
+    assert left.bytes > 0
+    assert not (store.root / "tribunal.duckdb").exists()
+    assert write_database(store)
+    assert len(list(collect(store, [left]))) == 1
+    assert [path.name for path in store.root.iterdir() if path.is_file()] == ["tribunal.duckdb"]
+    assert unreachable(store) == []

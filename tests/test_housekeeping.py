@@ -67,6 +67,13 @@ def test_what_nothing_reaches_goes(store: Store) -> None:
     assert {f"{kind}/{key}" for kind, key in store.entries()} == paths(kept)
 
 
+def test_an_overlap_stays_as_long_as_its_prompt_sets(store: Store) -> None:
+    put(store, "near_duplicates", "8", study(store)[:1])
+    unused = put(store, "prompts", "6")
+    overlap = put(store, "near_duplicates", "9", [unused])
+    assert collected(store) == paths([unused, overlap])
+
+
 def test_listing_changes_nothing(store: Store) -> None:
     put(store, "activations", "6")
     before = store.place.sizes("")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 import resource
 from pathlib import Path
@@ -15,6 +18,7 @@ from artifacts.errors import QueryError
 from artifacts.sandbox_child import MEMORY_LIMIT
 from artifacts.sql_guard import LONGEST, refuse_all_but_select
 from artifacts.store import Store
+from flows.display import as_text
 
 READ_ONLY = "only one SELECT at a time"
 NO_VIEW = "is no view; see: tribunal sql --schema"
@@ -234,6 +238,44 @@ def test_an_answer_has_the_values_of_the_query(store: Store) -> None:
     table = user_query(store, sql)
     assert table.columns[:2] == ("a", "a")
     assert table.rows == ((1, "ü\n", None, True, False, [1, 2], "2026-01-01", "2.50"),)
+
+
+def test_values_that_json_lacks_come_as_text_and_no_number_becomes_invalid_json(
+    store: Store,
+) -> None:
+    sql = (
+        "SELECT 'nan'::DOUBLE AS n, [1, '-inf'::FLOAT] AS l, {'a': 'nan'::DOUBLE} AS s, 2.50 AS d, "
+        "'\\xAAb'::BLOB AS b, TIMESTAMP '2026-01-02 03:04:05' AS t, INTERVAL 1 DAY AS i, "
+        "UUID '00000000-0000-0000-0000-000000000000' AS u, MAP {'k': 1} AS m, 2::INT ** 9 AS h"
+    )
+    table = user_query(store, sql)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    (row,) = json.loads(as_text(table, "json"), parse_constant=refuse)
+    assert row == {
+        "n": None,
+        "l": [1, None],
+        "s": {"a": None},
+        "d": "2.50",
+        "b": "\\xaab",
+        "t": "2026-01-02 03:04:05",
+        "i": "1 day, 0:00:00",
+        "u": "00000000-0000-0000-0000-000000000000",
+        "m": {"k": 1},
+        "h": 512.0,
+    }
+    names, cells = csv.reader(io.StringIO(as_text(table, "csv")))
+    told = dict(zip(names, cells, strict=True))
+    assert told["n"] == "nan"
+    assert told["d"] == "2.50"
+    assert told["t"] == row["t"]
+
+
+def test_a_store_in_the_memory_of_one_process_says_so() -> None:
+    with pytest.raises(QueryError, match="SQL needs a folder or a bucket"):
+        user_query(Store("memory://x"), "SELECT 1")
 
 
 def test_python_variables_and_frames_are_no_tables(guarded: Store) -> None:

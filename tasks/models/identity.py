@@ -7,18 +7,20 @@ and the hub's client is imported only for a hub id whose commit is not known yet
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from artifacts.errors import ModelError
+from artifacts.paths import exists
 
 ORGANISM = Path(__file__).resolve().parents[1] / "organism" / "model"
 
 _SUFFIXES = {".json", ".safetensors", ".model", ".tiktoken", ".txt", ".jinja", ".py"}
 _PROSE = ("readme", "license", "notice", "card", "use_policy")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)  # the hub's own limit
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def local_folder(model_id: str) -> Path | None:
     Raises:
         ModelError: it is written as a path, and there is no such folder.
     """
-    folder = ORGANISM if model_id == "organism" else Path(model_id).expanduser()
-    if folder.is_dir():
+    folder = ORGANISM if model_id == "organism" else Path(os.path.expanduser(model_id))
+    if exists(folder) and folder.is_dir():
         return folder
     if model_id == "organism" or not _HUB_ID.fullmatch(model_id) or model_id.startswith("."):
         raise ModelError(f"no model folder '{model_id}'; give a folder, a hub id, or 'organism'")

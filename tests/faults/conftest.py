@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fault_tools import Launcher, Whole, read_whole
+from fault_tools import Launcher, Whole, read_whole, unmount_leftovers
 from small_study import write_config
 
 from artifacts.store import Store
@@ -30,6 +30,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("faults, measured")
         for line in FIGURES:
             terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tidy() -> None:
+    """Begin without the mounts of an earlier session that was killed."""
+    unmount_leftovers()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fault_tools import (
+    RUN_KILLS,
     Launcher,
     Watch,
     Whole,
@@ -26,32 +27,31 @@ from artifacts.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-FLOW_KILLS = 60
 KILLS_PER_STUDY = 6
 LANES = 2  # studies at once
 
 
-def test_flows_killed_at_random_moments_end_as_if_they_were_not(
+def test_runs_killed_at_random_moments_end_as_if_they_were_not(
     whole: Whole, launcher: Launcher, tmp_path: Path, figure: Callable[[str, str], None]
 ) -> None:
     started = time.monotonic()
 
     def lane(number: int) -> list[str]:
         dice, phases = random.Random(number), []
-        while len(phases) < FLOW_KILLS // LANES:
+        while len(phases) < RUN_KILLS / LANES:
             store = Store(tmp_path / f"lane-{number}-{len(phases)}")
-            phases += study_with_killed_flows(whole, launcher, store, dice)
+            phases += study_with_killed_runs(whole, launcher, store, dice)
         return phases
 
     with ThreadPoolExecutor(LANES) as pool:
         phases = [phase for found in pool.map(lane, range(LANES)) for phase in found]
-    assert len(phases) >= FLOW_KILLS
+    assert len(phases) >= RUN_KILLS
     assert len({phase.split("/")[1] for phase in phases}) >= 8, histogram(phases)
     seconds = time.monotonic() - started
-    figure("kill -9 of flows", f"{len(phases)} kills in {seconds:.0f} s; {histogram(phases)}")
+    figure("kill -9 of runs", f"{len(phases)} kills in {seconds:.0f} s; {histogram(phases)}")
 
 
-def study_with_killed_flows(
+def study_with_killed_runs(
     whole: Whole, launcher: Launcher, store: Store, dice: random.Random
 ) -> list[str]:
     """Kill the study's runs until it is near its end, let the last one finish; what was hit."""

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import random
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from fault_tools import Launcher, Whole, assert_same, copy_store, one_line
+from fault_tools import Launcher, Whole, copy_store, one_line
+from small_study import digests, trial_table
 
+import tasks
+from artifacts.catalog import catalog, fetch, write_database
 from artifacts.errors import StoreError
+from artifacts.schemas import STORED, VIEWS
 from artifacts.store import MANIFEST, Store
-from flows.pipeline import run_pipeline
+from flows.drift import check_winners, winners_to_check
+from flows.pipeline import Benchmark, run_pipeline, split_of
 from flows.settings import load_config
-from tasks.stage import Runtime, running
+from tasks.relabel import judged_artifacts, relabel
+from tasks.shards import judge_shard
+from tasks.stage import Runtime, Silent, Stage, running
+from tasks.trials import trial_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-QUERIES = (("rank",), ("show", "0"), ("sql", "SELECT count(*) FROM trials"))
-CORRUPTIONS = 50
-KINDS = (
-    *("prompts", "near_duplicates", "models", "activations", "directions", "baseline"),
-    *("protocols", "studies", "generations", "selections", "winners", "tests"),
-    *("leaderboards", "figures"),
-)
-Tear = Callable[[Path], object]
+CORRUPTIONS = 30
+KINDS = (*STORED, "figures", "shards")  # tables that users query, and two kinds that they do not
+AFTERWARDS = ("shards", "labels", "retests", "reselections", "drift")  # not made by a plain run
 
 
 def cut(path: Path) -> None:
@@ -46,97 +52,145 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-TEARS: dict[str, Tear] = {"cut": cut, "blank": blank, "empty": empty, "missing": Path.unlink}
+TEARS: dict[str, tuple[Callable[[Path], object], ...]] = {
+    "data": (cut, blank, empty, Path.unlink),
+    "manifest": (cut, Path.unlink),
+}
+
+
+class Hearing(Silent):
+    """A reporter that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def said(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@dataclass(frozen=True)
+class Torn:
+    """A finished study with one artifact at least of every kind, to be torn and made again."""
+
+    whole: Whole
+
+    @property
+    def store(self) -> Store:
+        return self.whole.store
+
+    def make(self, more: bool) -> list[str]:
+        """Ask for every artifact of the study, and of what came after it; what was said."""
+        heard = Hearing()
+        with running(Runtime(self.store, heard)):
+            found = run_pipeline(load_config(str(self.whole.config)))
+            if more:
+                self._make_more(found)
+        return heard.lines
+
+    def _make_more(self, found: Benchmark) -> None:
+        """A shard, another labeller's labels, and the winner measured again."""
+        config = load_config(str(self.whole.config))
+        rows = self.store.read(found.generations[0]).drop("responses").to_dicts()
+        judge_shard(
+            trials=[trial_of(row) for row in rows],
+            protocol=found.protocol,
+            config=config,
+            materials={name: getattr(found, name) for name in ("model", "directions", "baseline")},
+            prompts=split_of(found.prompts, "search"),
+        )
+        for judged in judged_artifacts():
+            relabel(judged=judged, labeller="prefix-strict")
+        outcomes = check_winners(winners_to_check(self.store, None), "again")
+        assert [outcome.error for outcome in outcomes] == [None]
 
 
 @pytest.fixture(scope="module")
-def finished(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """The finished study, to be torn and rebuilt by one test after another."""
+def torn(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Torn:
+    """One store for all these tests: each leaves it as it found it."""
     store = copy_store(whole, tmp_path_factory.mktemp("torn") / "store")
-    with running(Runtime(store)):
-        yield store
+    Torn(replace(whole, store=store)).make(more=True)
+    places = {(m.kind, m.key): None for m in store.manifests()}
+    return Torn(
+        replace(
+            whole,
+            store=store,
+            places=(*whole.places, *(place for place in places if place not in whole.places)),
+            digests=digests(store),
+            trials=trial_table(store),
+        )
+    )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tell(figure: Callable[[str, str], None]) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    many = f"{len(KINDS)} kinds x 2 files x {len(TEARS)} tears + {CORRUPTIONS} random"
-    figure("torn files", f"{many}, each noticed and rebuilt, {time.monotonic() - started:.0f} s")
+@pytest.fixture(scope="module")
+def counted(figure: Callable[[str, str], None]) -> Iterator[Counter[str]]:
+    """Counts tears that were noticed and rebuilt; becomes the figure."""
+    counts: Counter[str] = Counter()
+    yield counts
+    kinds = len(set(counts) - {"random"})
+    told = f"{kinds} kinds, {sum(counts.values()) - counts['random']} tears"
+    figure("torn files", f"{told} and {counts['random']} random corruptions noticed and rebuilt")
 
 
-def test_every_kind_of_the_study_is_torn_here(whole: Whole) -> None:
-    assert set(KINDS) == set(whole.kinds)
+def test_every_kind_that_a_stage_makes_is_torn_here(torn: Torn) -> None:
+    modules = [
+        importlib.import_module(f"tasks.{m.name}") for m in pkgutil.iter_modules(tasks.__path__)
+    ]
+    stages = [x for module in modules for x in vars(module).values() if isinstance(x, Stage)]
+    assert {made_by.kind for made_by in stages} == set(KINDS) == set(torn.whole.kinds)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_torn_artifact_is_told_in_one_line_and_rebuilt(
-    kind: str, whole: Whole, launcher: Launcher, finished: Store
+def test_a_torn_artifact_is_told_left_out_and_rebuilt(
+    kind: str, torn: Torn, launcher: Launcher, counted: Counter[str]
 ) -> None:
+    store, whole = torn.store, torn.whole
     place = next(p for p in whole.places if p[0] == kind)
-    folder, named = finished.folder(*place), "/".join(place)
-    data = folder / finished.manifest(*place).data
-    for how, tear in TEARS.items():
-        for path in (data, folder / MANIFEST):
-            tear(path)
-            with pytest.raises(StoreError, match=named):
-                finished.check(*place)
-            if how == "cut":
-                assert_told(launcher, finished, named)
-            if (how, path) == ("blank", data):
-                assert_queries_are_calm(launcher, finished)
-            said = rebuild(whole, finished)
-            assert [line for line in said if named in line], (how, path.name)
-            assert finished.check(*place).sha256 == whole.digests[named]
-    (folder / "junk.parquet").write_bytes(b"junk")
-    assert_queries_are_calm(launcher, finished)
-    assert_same(whole, finished, launcher)
+    folder, named = store.folder(*place), "/".join(place)
+    files = {"data": folder / store.manifest(*place).data, "manifest": folder / MANIFEST}
+    for which, tear in ((which, tear) for which, tears in TEARS.items() for tear in tears):
+        tear(files[which])
+        with pytest.raises(StoreError, match=named):
+            store.check(*place)
+        if tear in (cut, blank):
+            assert_left_out(store, *place)
+        if (which, tear) == ("data", cut):
+            assert_told(launcher, store, named)
+        said = torn.make(more=kind in AFTERWARDS)
+        assert [line for line in said if named in line], (which, tear.__name__)
+        assert store.check(*place).sha256 == whole.digests[named]
+        counted[kind] += 1
+    assert digests(store) == whole.digests
+    assert trial_table(store).equals(whole.trials, null_equal=True)
+
+
+def assert_left_out(store: Store, kind: str, key: str) -> None:
+    """Every view answers, without the artifact; and so does the database file."""
+    assert write_database(store)
+    with catalog(store) as connection:
+        for view in VIEWS:
+            fetch(connection, f"SELECT * FROM {view}")
+        if kind in STORED:
+            rows = fetch(connection, f"SELECT key FROM stored_{kind}").rows
+            assert (key,) not in rows
 
 
 def assert_told(launcher: Launcher, store: Store, named: str) -> None:
-    """`verify` names the artifact and no other; queries work without it or say why not."""
+    """`verify` names the artifact and no other; a ranking comes without it or says why not."""
     done = launcher.run(store, "store", "verify")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stdout.splitlines() if "'" in line]
     assert len(lines) == 1
     assert named in lines[0]
-    assert_queries_are_calm(launcher, store)
-
-
-def assert_queries_are_calm(launcher: Launcher, store: Store) -> None:
-    """Every query answers, or says in one line what is wrong."""
-    for query in QUERIES:
-        done = launcher.run(store, *query)
-        if done.returncode != 0:
-            one_line(done)
-
-
-def rebuild(whole: Whole, store: Store) -> list[str]:
-    """Run the study again; what was said of it."""
-    heard = Hearing()
-    with running(Runtime(store, heard)):
-        run_pipeline(load_config(str(whole.config)))
-    return heard.lines
-
-
-class Hearing:
-    """A reporter that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def started(self, *_: object) -> None: ...
-    def advanced(self, *_: object) -> None: ...
-    def finished(self, *_: object, **__: object) -> None: ...
-    def said(self, line: str) -> None:
-        self.lines.append(line)
+    ranked = launcher.run(store, "rank")
+    if ranked.returncode != 0:
+        one_line(ranked)
 
 
 def corrupt(store: Store, dice: random.Random) -> str:
     """Flip, cut or delete one file of one artifact."""
     kind, key = dice.choice(list(store.entries()))
-    path = dice.choice(sorted(p for p in store.folder(kind, key).iterdir() if p.stem != "junk"))
+    path = dice.choice(sorted(store.folder(kind, key).iterdir()))
     how = dice.choice(["flip", "cut", "delete"])
     content = path.read_bytes()
     if how == "flip":
@@ -150,16 +204,17 @@ def corrupt(store: Store, dice: random.Random) -> str:
     return f"{how} {kind}/{path.name}"
 
 
-def test_every_corruption_is_noticed_and_rebuilt(whole: Whole, finished: Store) -> None:
+def test_every_corruption_is_noticed_and_rebuilt(torn: Torn, counted: Counter[str]) -> None:
     dice = random.Random(1)
     for _ in range(CORRUPTIONS):
-        what = corrupt(finished, dice)
-        assert digests_verified(finished) != whole.digests, what
-        rebuild(whole, finished)
-        assert digests_verified(finished) == whole.digests, what
+        what = corrupt(torn.store, dice)
+        assert verified(torn.store) != torn.whole.digests, what
+        torn.make(more=True)
+        assert verified(torn.store) == torn.whole.digests, what
+        counted["random"] += 1
 
 
-def digests_verified(store: Store) -> dict[str, str]:
+def verified(store: Store) -> dict[str, str]:
     """Content of every artifact that verifies."""
     found = ((place, store.find(*place)) for place in store.entries())
     return {"/".join(place): ref.digest for place, ref in found if ref}
