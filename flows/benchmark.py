@@ -17,7 +17,7 @@ from artifacts.specs import Config
 from artifacts.store import Store
 from flows.flow_reports import FlowLog, SearchBar
 from flows.logs import Tally, with_log
-from flows.pipeline import Benchmark, generation_labels, run_pipeline, title
+from flows.pipeline import Benchmark, check_prompts, generation_labels, run_pipeline, title
 from flows.settings import Settings, load_config, validate
 
 
@@ -72,6 +72,7 @@ def benchmark(config: AnyConfig = "organism", overrides: list[str] | None = None
         arm=resolved.search.preset,
         flow_run=str(flow_run.id),
     )
+    check_prompts(resolved, store)
     with settings.running(store, reporter):
         found = run_pipeline(resolved)
     write_database(store)

@@ -119,8 +119,7 @@ def run(
     form: PairOption = TableOrJson.table,
 ) -> None:
     """Run a benchmark: what is stored is not computed again."""
-    from flows.pipeline import run_pipeline, sources
-    from tasks.prompts import check_sources
+    from flows.pipeline import check_prompts, run_pipeline
     from tasks.stage import planning
 
     chosen = load_config(config, overrides or ())
@@ -130,8 +129,7 @@ def run(
     if all(step.cached for step in steps):
         _log_cached(chosen, store, steps)
     else:
-        if not all(step.cached for step in steps if step.kind in ("prompts", "near_duplicates")):
-            check_sources(sources(chosen))
+        check_prompts(chosen, store)
         found = _execute(chosen, store, sum(step.work for step in steps if not step.cached))
     _report(store, chosen, found, form)
 

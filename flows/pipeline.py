@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from artifacts.specs import CLASSES, Config, PromptSource, SearchSpec
-from artifacts.store import Ref
+from artifacts.store import Ref, Store
 from tasks.activations import cache_activations
 from tasks.baseline import measure_baseline
 from tasks.directions import compute_directions
 from tasks.leaderboard import draw_trials, rank_trials
 from tasks.locked_test import measure_test
 from tasks.probe import probe_model
-from tasks.prompts import compare_splits, load_prompts
+from tasks.prompts import check_sources, compare_splits, load_prompts
 from tasks.selection import freeze_winner, select_trials
 from tasks.shards import trial_numbers
+from tasks.stage import planning
 from tasks.study import fix_protocol, judge_generation, name_study
 
 
@@ -45,12 +46,7 @@ class Benchmark:
 
 def run_pipeline(config: Config) -> Benchmark:
     """Ask for every artifact of a config, in the order of the diagram."""
-    prompts = {
-        f"{prompt_class}/{split}": load_prompts(
-            prompt_class=prompt_class, split=split, source=source
-        )
-        for prompt_class, split, source in sources(config)
-    }
+    prompts = _prompts(config)
     near_duplicates = compare_splits(prompts=prompts)
     harmful, harmless = prompts["harmful/direction"], prompts["harmless/direction"]
     model = probe_model(spec=config.model, harmful=harmful, harmless=harmless)
@@ -120,6 +116,28 @@ def sources(config: Config) -> Iterator[tuple[str, str, PromptSource]]:
         splits = getattr(config.prompts, prompt_class)
         for split in type(splits).model_fields if splits else ():
             yield prompt_class, split, getattr(splits, split)
+
+
+def check_prompts(config: Config, store: Store) -> None:
+    """Read every prompt set unless all are stored, so that a bad last one leaves nothing behind.
+
+    Raises:
+        PromptError: a source cannot be read as asked, or the same prompt is in two splits.
+    """
+    with planning(store) as steps:
+        compare_splits(prompts=_prompts(config))
+    if not all(step.cached for step in steps):
+        check_sources(sources(config))
+
+
+def _prompts(config: Config) -> dict[str, Ref]:
+    """Every prompt set, by class and split."""
+    return {
+        f"{prompt_class}/{split}": load_prompts(
+            prompt_class=prompt_class, split=split, source=source
+        )
+        for prompt_class, split, source in sources(config)
+    }
 
 
 def split_of(prompts: dict[str, Ref], split: str) -> dict[str, Ref]:

@@ -62,11 +62,12 @@ def _execute(plan: StudyPlan, overrides: list[str], store: Store) -> StudyResult
 
 def _run_here(config: Config, store: Store) -> Benchmark:
     from flows.in_process import run_here
-    from flows.pipeline import run_pipeline
+    from flows.pipeline import check_prompts, run_pipeline
     from tasks.stage import planning
 
     with planning(store) as steps:
         run_pipeline(config)
+    check_prompts(config, store)
     return run_here(config, store, sum(step.work for step in steps if not step.cached))
 
 
