@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from artifacts.errors import QueryError, StoreError
+from artifacts.errors import DamageWarning, QueryError, StoreError
 from artifacts.places import WORKSHOPS
 from artifacts.sandbox import run_apart
 from artifacts.schemas import NESTED, RESPONSE, STORED, Column
@@ -142,7 +143,11 @@ def _over_trials(trials: pl.DataFrame, sql: str) -> pl.DataFrame:
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: bool) -> None:
-    """All views; with `glob`, such that they also show what is put later."""
+    """All views; with `glob`, such that they also show what is put later.
+
+    What is damaged is in none of them, and a warning says so.
+    """
+    there = 0 if store.place.remote else len(list(store.entries()))  # there, more may be coming
     manifests = list(store.manifests())
     whole = store.whole_data(manifests)
     if store.place.remote:
@@ -154,20 +159,25 @@ def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: boo
             "CREATE TABLE stored_manifests AS SELECT unnest($1::VARCHAR[])::JSON AS m", [told]
         )
     connection.execute(_artifacts_view(store, glob and bool(manifests)))
+    torn = max(there, len(manifests)) - len(whole)
     for kind, columns in STORED.items():
-        own = [(manifest, path) for manifest, path in whole if manifest.kind == kind]
-        files = [store.place.url(path) for _, path in own]
+        own = {m.key: store.place.url(path) for m, path in whole if m.kind == kind}
+        files = list(own.values())
         if glob and files:
             files = [str(store.root / kind / "*" / "data.parquet")]
         view = f"CREATE VIEW stored_{kind} AS "
         try:
             connection.execute(view + _stored(kind, columns, files))
-        except duckdb.Error:  # one is torn, or was removed: what does not verify is not there
-            files = [store.place.url(path) for m, path in own if store.find(kind, m.key)]
+        except duckdb.Error:  # one is torn, or was removed
+            files = [url for key, url in own.items() if store.find(kind, key)]
+            torn += len(own) - len(files)
             connection.execute(view + _stored(kind, columns, files))
     connection.execute(query_text("views"))
     for view, query in (("ranking", "rank"), ("pareto", "pareto"), ("leaderboard", "leaderboard")):
         connection.execute(f"CREATE VIEW {view} AS {query_text(query)}")
+    if torn > 0:
+        said = f"damaged artifacts left out: {torn}; see: tribunal store verify"
+        warnings.warn(said, DamageWarning, stacklevel=2)
 
 
 def _stored(kind: str, columns: tuple[Column, ...], files: list[str]) -> str:

@@ -82,6 +82,10 @@ class QueryError(TribunalError):
     """User SQL was refused or failed."""
 
 
+class DamageWarning(UserWarning):
+    """Something stored is damaged, and an answer was given without it."""
+
+
 def one_line(text: str) -> str:
     """A text as it may be shown: secrets hidden, line breaks escaped, a long middle left out."""
     text = _TOKEN.sub("***", text)

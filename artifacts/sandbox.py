@@ -13,13 +13,14 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from typing import IO, Any
 
-from artifacts.errors import QueryError
+from artifacts.errors import DamageWarning, QueryError
 
 LARGEST_ANSWER = 64 * 2**20  # bytes of JSON
-READY = b'"ready"\n'  # what the child says when the views stand
+READY = b'{"ready"'  # what the child says when the views stand: what was left out of them
 Columns = tuple[str, ...]
 Rows = tuple[tuple[Any, ...], ...]
 
@@ -59,8 +60,10 @@ def _answer(child: subprocess.Popen[bytes], task: str, limit: float) -> tuple[Co
     with suppress(BrokenPipeError), child.stdin:  # one that ended already is told of below
         child.stdin.write(task.encode())
     first = child.stdout.readline()
-    if first != READY:  # the store could not be read, or the process could not start
+    if not first.startswith(READY):  # the store could not be read, or the process could not start
         return _parsed([first], child.wait())
+    for said in json.loads(first)["ready"]:
+        warnings.warn(said, DamageWarning, stacklevel=3)
     expired = threading.Event()
 
     def stop() -> None:

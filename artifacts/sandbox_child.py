@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import warnings
 from typing import Any
 
 import duckdb
@@ -22,9 +23,10 @@ def main() -> None:
     task = json.loads(sys.stdin.read())
     try:
         store = Store(task["store"])
-        with catalog(store) as connection:
+        with warnings.catch_warnings(record=True) as damage, catalog(store) as connection:
             lock_down(connection, store)
-            _say("ready")
+            _say({"ready": [str(warning.message) for warning in damage]})
+            sys.stdout.flush()
             connection.execute(task["sql"])
             names = [item[0] for item in connection.description or ()]
             while rows := connection.fetchmany(BATCH):
@@ -48,7 +50,7 @@ def _bound_memory() -> None:
 
 
 def _say(what: Any) -> None:
-    print(json.dumps(what, default=_text), flush=what == "ready")  # noqa: T201
+    print(json.dumps(what, default=_text))  # noqa: T201
 
 
 def _text(value: Any) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.padding import Padding
 
-from artifacts.errors import ConfigError, ServerError, TestSplitSpent, TribunalError
+from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
 from flows import display, drift_commands
 from flows.logs import with_log
@@ -67,6 +68,7 @@ def main() -> None:
     """Entry point: turn errors into one line and an exit code."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    warnings.showwarning = _show_warning
     try:
         code = app(arguments or ["--help"], prog_name="tribunal", standalone_mode=False)
     except TribunalError as error:
@@ -86,6 +88,22 @@ def main() -> None:
         line = "interrupted; nothing is lost: the same command goes on from here"
         print(f"tribunal: {line}", file=sys.stderr)  # noqa: T201
     raise SystemExit(code or 0)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """What a user should know is one line; other warnings keep Python's form."""
+    if issubclass(category, DamageWarning):
+        said = f"tribunal: {message}\n"
+    else:
+        said = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(said)
 
 
 def _lost_server(error: Exception) -> ServerError | None:

@@ -11,7 +11,7 @@ import pytest
 from trial_rows import put_study, put_table, response, trial_row, trials
 
 from artifacts.catalog import catalog, fetch, user_query, write_database
-from artifacts.errors import QueryError
+from artifacts.errors import DamageWarning, QueryError
 from artifacts.schemas import VIEWS
 from artifacts.store import Store
 from flows.housekeeping import collect, unreachable
@@ -74,13 +74,31 @@ def test_a_torn_artifact_is_left_out_of_queries_and_of_the_database(
 ) -> None:
     put_study(store, trial_row(0))
     put_table(store, "generations", trials(trial_row(1)), "e" * 32)
-    assert user_query(store, "SELECT list(trial) FROM trials").rows == (([0, 1],),)
+    assert user_query(store, "SELECT list(trial ORDER BY trial) FROM trials").rows == (([0, 1],),)
     data = store.folder("generations", "e" * 32) / "data.parquet"
     data.write_bytes(bytes(int(data.stat().st_size * share)))
-    assert user_query(store, "SELECT list(trial) FROM trials").rows == (([0],),)
-    path = write_database(store)
+    with pytest.warns(DamageWarning, match="^damaged artifacts left out: 1; see: tribunal store"):
+        assert user_query(store, "SELECT list(trial) FROM trials").rows == (([0],),)
+    with pytest.warns(DamageWarning):
+        path = write_database(store)
     connection = duckdb.connect(str(path), read_only=True)
     assert connection.sql("SELECT list(trial) FROM trials").fetchall() == [([0],)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_whole_store_warns_of_nothing(store: Store) -> None:
+    user_query(store, "SELECT 1")
+    put_study(store, trial_row(0))
+    user_query(store, "SELECT count(*) FROM trials")
+    write_database(store)
+
+
+def test_a_torn_manifest_is_left_out_and_told(store: Store) -> None:
+    put_study(store, trial_row(0))
+    put_table(store, "generations", trials(trial_row(1)), "e" * 32)
+    (store.folder("generations", "e" * 32) / "manifest.json").write_text("{")
+    with pytest.warns(DamageWarning, match=": 1;"):
+        assert user_query(store, "SELECT list(trial) FROM trials").rows == (([0],),)
 
 
 REFUSED = [

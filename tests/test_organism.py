@@ -165,6 +165,7 @@ def short(steps: int = 2) -> list[training.Phase]:
     return [replace(phase, steps=steps) for phase in training.PHASES]
 
 
+@pytest.mark.slow
 def test_training_repeats_to_the_bit_and_depends_on_the_seed(tmp_path: Path) -> None:
     for name, seed in (("one", 5), ("same", 5), ("other", 6)):
         training.train(tmp_path / name, seed=seed, phases=short())
