@@ -1,6 +1,7 @@
 # make demo | test | test-slow | test-faults | check | .venv      (Python 3.11 and make are all that is needed)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: demo test test-slow test-faults check format clean
 
@@ -9,13 +10,13 @@ demo: .venv
 	@echo "  first: source .venv/bin/activate"
 
 test: check
-	$(BIN)/pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" $(PARALLEL)
 
 test-slow: .venv
-	$(BIN)/pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow $(PARALLEL)
 
 test-faults: .venv
-	$(BIN)/pytest -q -m faults
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults $(PARALLEL)
 
 check: .venv
 	$(BIN)/ruff check .

@@ -218,6 +218,11 @@ class Stack:
         with httpx.Client(trust_env=False, timeout=30, auth=auth) as client:
             content = None if body is None else json.dumps(body)
             answer = client.request(method, self.api + path, content=content)
+            for _ in range(30):
+                if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    break
+                time.sleep(1)  # SQLite is busy; Prefect's own client asks again too
+                answer = client.request(method, self.api + path, content=content)
             answer.raise_for_status()
             return answer.json() if answer.content else None
 

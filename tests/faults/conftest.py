@@ -11,25 +11,22 @@ from small_study import write_config
 
 from artifacts.store import Store
 
-FIGURES: list[str] = []
 
-
-@pytest.fixture(scope="session")
-def figure() -> Callable[[str, str], None]:
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
     """Record what a fault test measured; printed when all tests are done."""
-
-    def record(fault: str, measured: str) -> None:
-        FIGURES.append(f"{fault}: {measured}")
-
-    return record
+    return lambda fault, measured: record_property("measured", f"{fault}: {measured}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print every figure."""
-    if FIGURES:
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    told = [p for report in reports for p in getattr(report, "user_properties", ())]
+    lines = dict.fromkeys(value for name, value in told if name == "measured")
+    if lines:
         terminalreporter.section("faults, measured")
-        for line in FIGURES:
-            terminalreporter.line(line)
+        for line in lines:
+            terminalreporter.line(str(line))
 
 
 @pytest.fixture(scope="session", autouse=True)
