@@ -5,6 +5,7 @@ TribunalError              one line for the user, exit code 2
 ├── PromptError            a prompt set that cannot be read, or that breaks the split rules
 ├── ModelError             a model that cannot be loaded, rendered, edited or trusted
 ├── StoreError             a store that cannot be read or written
+│   ├── MissingArtifact    no such artifact
 │   └── CorruptArtifact    an artifact whose bytes are not those its manifest promises
 ├── ServerError            the Prefect server cannot be reached
 ├── WorkerError            workers that judge trials cannot be reached, or die again and again
@@ -58,6 +59,10 @@ class ModelError(TribunalError):
 
 class StoreError(TribunalError):
     """The artifact store cannot be used."""
+
+
+class MissingArtifact(StoreError):
+    """No such artifact."""
 
 
 class CorruptArtifact(StoreError):

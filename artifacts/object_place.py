@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from artifacts.errors import StoreError
-from artifacts.places import LOCKS, MANIFEST, QUARANTINE, RUNS
+from artifacts.places import LOCKS, MANIFEST, QUARANTINE, RUNS, longest, run_name
 
 LEASE = 45.0  # seconds without a sign of life after which a lock is free
 RENEWAL = 10.0  # seconds between signs of life
@@ -45,6 +45,7 @@ class ObjectPlace:
             raise StoreError(f"a store cannot be on '{self._protocol}://', which only reads")
         self._fs, self._faults = _open(self._protocol)
         self._base: str = self._fs._strip_protocol(self.location)
+        self._ahead: float | None = None  # seconds of the storage's clock before ours
 
     def folders(self, path: str) -> list[str]:
         names = [PurePosixPath(e["name"]).name for e in self._list(path) if _is_folder(e)]
@@ -62,6 +63,9 @@ class ObjectPlace:
             found = self._fs.cat([self._at(path) for path in paths], on_error="return")
         for path in paths:
             content = found[self._at(path)]
+            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                with self._told():
+                    raise content
             yield content if isinstance(content, bytes) else None
 
     def sizes(self, path: str) -> dict[str, int]:
@@ -80,10 +84,14 @@ class ObjectPlace:
         return f"{self.location}/{path}"
 
     def age(self, path: str) -> float:
-        with self._told():
-            files = self._fs.find(self._at(path))
-            newest: float = max(self._fs.modified(file).timestamp() for file in files)
-        return time.time() - newest
+        """By the storage's own clock; 0 for what is gone."""
+        try:
+            with self._told():
+                files = self._fs.find(self._at(path))
+                newest = max((self._modified(file) for file in files), default=None)
+        except FileNotFoundError:
+            return 0.0
+        return 0.0 if newest is None else self._now() - newest
 
     def data_name(self, name: str, sha256: str) -> str:
         """Two writers whose content differs must not overwrite each other's data."""
@@ -123,8 +131,9 @@ class ObjectPlace:
         finally:
             released.set()
             renewing.join()
-            if self._holder(path).get("owner") == owner:
-                self.delete(path)
+            with suppress(OSError):  # a lease that cannot be returned runs out
+                if self._holder(path).get("owner") == owner:
+                    self.delete(path)
 
     def abandoned(self) -> list[str]:
         aside = [f"{QUARANTINE}/{name}" for name in self.folders(QUARANTINE)]
@@ -133,7 +142,7 @@ class ObjectPlace:
 
     @contextmanager
     def register(self) -> Iterator[Callable[[str], None]]:
-        path, told = f"{RUNS}/{uuid.uuid4().hex}", dict[str, None]()
+        path, told = f"{RUNS}/{run_name()}", dict[str, None]()
 
         def tell(line: str) -> None:
             if line not in told:
@@ -144,17 +153,22 @@ class ObjectPlace:
         try:
             yield tell
         finally:
-            if told:
-                self.delete(path)
+            with suppress(OSError):  # what cannot be removed is silent from now on
+                if told:
+                    self.delete(path)
 
     def registered(self) -> list[str]:
-        live = [f"{RUNS}/{name}" for name in self._files(RUNS)]
-        return [
-            line
-            for path in live
-            if self.age(path) <= DAY
-            for line in self.read(path).decode().splitlines()
-        ]
+        told: list[str] = []
+        for name in self._live():
+            with suppress(FileNotFoundError):  # it ended just now
+                told += self.read(f"{RUNS}/{name}").decode().splitlines()
+        return told
+
+    def longest_build(self) -> float:
+        return longest(self._live())
+
+    def _live(self) -> list[str]:
+        return [name for name in self._files(RUNS) if self.age(f"{RUNS}/{name}") <= DAY]
 
     @contextmanager
     def settled(self, changing: bool) -> Iterator[None]:
@@ -169,6 +183,20 @@ class ObjectPlace:
         from artifacts.object_reader import ObjectReader
 
         return ObjectReader(self._fs, {self._at(path): size for path, size in sizes.items()})
+
+    def _modified(self, file: str) -> float:
+        seconds: float = self._fs.modified(file).timestamp()
+        return seconds
+
+    def _now(self) -> float:
+        """The storage's time: no two clocks are compared."""
+        if self._ahead is None:
+            sign = self._at(f"{LOCKS}/clock-{uuid.uuid4().hex}")
+            with self._told():
+                self._fs.pipe_file(sign, b"now")
+                self._ahead = self._modified(sign) - time.time()
+                self._fs.rm_file(sign)
+        return time.time() + self._ahead
 
     def _at(self, path: str) -> str:
         return f"{self._base}/{path}" if path else self._base

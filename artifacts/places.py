@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from artifacts.paths import exists
+
 LOCKS, RUNS, QUARANTINE, WORKSHOPS = ".locks", ".runs", ".quarantine", ".tmp"
 MANIFEST = "manifest.json"  # the file whose presence makes an artifact's folder complete
 
@@ -37,7 +39,7 @@ class Place(Protocol):
         ...
 
     def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
-        """Content of small files in their order; None for one that cannot be read."""
+        """Content of small files in their order; None for one that is not there."""
         ...
 
     def sizes(self, path: str) -> dict[str, int]:
@@ -53,7 +55,7 @@ class Place(Protocol):
         ...
 
     def age(self, path: str) -> float:
-        """Seconds since a folder was completed."""
+        """Seconds since a folder was completed; 0 if it is gone."""
         ...
 
     def data_name(self, name: str, sha256: str) -> str:
@@ -92,6 +94,10 @@ class Place(Protocol):
         """All that running builds have told."""
         ...
 
+    def longest_build(self) -> float:
+        """For how many seconds the longest of the running builds has been running; 0 if none is."""
+        ...
+
     def settled(self, changing: bool) -> AbstractContextManager[None]:
         """Keep others from removing (or, when changing, from starting to use) anything."""
         ...
@@ -114,6 +120,7 @@ class LocalPlace:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.location = str(root)
+        self._was_there = exists(root)
 
     def folders(self, path: str) -> list[str]:
         try:
@@ -129,7 +136,7 @@ class LocalPlace:
         for path in paths:
             try:
                 yield self.read(path)
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 yield None
 
     def sizes(self, path: str) -> dict[str, int]:
@@ -148,7 +155,10 @@ class LocalPlace:
         return str(self.root / path)
 
     def age(self, path: str) -> float:
-        return time.time() - (self.root / path).stat().st_mtime
+        try:
+            return time.time() - (self.root / path).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def data_name(self, name: str, sha256: str) -> str:
         return name
@@ -212,7 +222,7 @@ class LocalPlace:
 
     @contextmanager
     def register(self) -> Iterator[Callable[[str], None]]:
-        with _open_locked(self._hidden(RUNS) / uuid.uuid4().hex, None) as file:
+        with _open_locked(self._hidden(RUNS) / run_name(), None) as file:
 
             def tell(line: str) -> None:
                 file.write(line + "\n")
@@ -226,13 +236,22 @@ class LocalPlace:
 
     def registered(self) -> list[str]:
         told: list[str] = []
-        folder = self._hidden(RUNS)
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for file in self._runs():
             if _is_locked(file):
-                told += file.read_text().splitlines()
+                with suppress(FileNotFoundError):  # it ended just now
+                    told += file.read_text().splitlines()
             else:
                 file.unlink(missing_ok=True)  # its run died
         return told
+
+    def longest_build(self) -> float:
+        return longest([file.name for file in self._runs() if _is_locked(file)])
+
+    def _runs(self) -> list[Path]:
+        try:
+            return sorted(self._hidden(RUNS).iterdir())
+        except FileNotFoundError:
+            return []
 
     @contextmanager
     def settled(self, changing: bool) -> Iterator[None]:
@@ -254,10 +273,22 @@ class LocalPlace:
         return self.root / name
 
     def _tidy(self, name: str) -> None:
-        """Leave no empty folder behind; one that is in use again stays."""
+        """Leave no empty folder behind; one that is in use again stays, or was there before us."""
         with suppress(OSError):
             self._hidden(name).rmdir()
-            self.root.rmdir()
+            if not self._was_there:
+                self.root.rmdir()
+
+
+def run_name() -> str:
+    """A name for a running build, which tells since when it runs."""
+    return f"{time.time_ns()}-{uuid.uuid4().hex}"
+
+
+def longest(runs: Sequence[str]) -> float:
+    """For how many seconds the longest of some running builds has been running."""
+    begun = [int(name.partition("-")[0]) for name in runs]
+    return (time.time_ns() - min(begun)) / 1e9 if begun else 0.0
 
 
 def size_text(n_bytes: float) -> str:

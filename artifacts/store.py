@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from artifacts.errors import CorruptArtifact, StoreError
+from artifacts.errors import CorruptArtifact, MissingArtifact, StoreError
 from artifacts.keys import Json
 from artifacts.paths import exists
 from artifacts.places import MANIFEST as MANIFEST
@@ -123,13 +123,16 @@ class Store:
         """The manifest, verified against its own digest.
 
         Raises:
-            StoreError: there is none.
+            MissingArtifact: there is none.
             CorruptArtifact: it is torn or altered.
+            StoreError: it cannot be read, now at least.
         """
         try:
             raw = self.place.read(f"{kind}/{key}/{MANIFEST}")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(f"no artifact '{kind}/{key}' in '{self.location}'") from error
+            raise MissingArtifact(f"no artifact '{kind}/{key}' in '{self.location}'") from error
+        except IsADirectoryError as error:
+            raise CorruptArtifact(f"'{kind}/{key}' has a folder for a manifest") from error
         except OSError as error:
             raise self._unreadable(error) from error
         return _parse_manifest(raw, kind, key)
@@ -138,8 +141,9 @@ class Store:
         """The manifest of an artifact whose data was read and agrees with it.
 
         Raises:
-            StoreError: there is no such artifact.
+            MissingArtifact: there is no such artifact.
             CorruptArtifact: data or manifest are not what was written.
+            StoreError: it cannot be read, now at least.
         """
         manifest = self.manifest(kind, key)
         self._content(manifest)
@@ -158,10 +162,14 @@ class Store:
         return content
 
     def find(self, kind: str, key: str, report: Callable[[str], None] | None = None) -> Ref | None:
-        """The artifact if it is there and whole; a corrupt one is reported and is not there."""
+        """The artifact if it is there and whole; a corrupt one is reported and is not there.
+
+        Raises:
+            StoreError: that cannot be told, because the place cannot be read, now at least.
+        """
         try:
             return self.check(kind, key).ref
-        except StoreError as error:
+        except (MissingArtifact, CorruptArtifact) as error:
             if report and self._is_there(kind, key):
                 report(f"{error}; it will be rebuilt")
             return None
@@ -209,18 +217,36 @@ class Store:
         files = {name: content, MANIFEST: _render_manifest(manifest)}
         with self._writing():
             for _ in range(ATTEMPTS):
-                if there := self.find(draft.kind, draft.key):
-                    return there
-                if self.place.exists(f"{draft.kind}/{draft.key}"):
+                path = f"{draft.kind}/{draft.key}"
+                try:
+                    return self.check(draft.kind, draft.key).ref
+                except CorruptArtifact:
                     self.set_aside(draft.kind, draft.key)
+                except MissingArtifact:
+                    if self._is_half(path):
+                        self.set_aside(draft.kind, draft.key)
                 self._make_sure_of_room(len(content))
-                if self.place.publish(f"{draft.kind}/{draft.key}", files):
+                if self.place.publish(path, files):
+                    self._count(len(content))
                     return manifest.ref
         raise StoreError(f"'{draft.kind}/{draft.key}' in '{self.location}' keeps changing")
 
+    def _is_half(self, path: str) -> bool:
+        """Whether a folder has no manifest, which in a bucket it may be about to get.
+
+        The folder is looked for first: one that others publish meanwhile has its manifest then.
+        """
+        there = not self.place.remote and self.place.exists(path)
+        return there and not self.place.exists(f"{path}/{MANIFEST}")
+
     def set_aside(self, kind: str, key: str) -> None:
-        """Move an artifact that does not verify into quarantine, for a person to look at."""
-        self.place.retire(f"{kind}/{key}", f"{QUARANTINE}/{kind}-{key}-{time.time_ns()}")
+        """Move an artifact that does not verify into quarantine, for a person to look at.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        with self._writing(), suppress(FileNotFoundError):  # somebody else has done it
+            self.place.retire(f"{kind}/{key}", f"{QUARANTINE}/{kind}-{key}-{time.time_ns()}")
 
     def delete(self, path: str) -> None:
         """Remove the folder of an artifact or of a leftover.
@@ -335,13 +361,18 @@ class Store:
         now = time.monotonic()
         if self._held is None or now - self._held[0] > RECOUNT:
             self._held = now, sum(manifest.bytes for manifest in self.manifests())
-        self._held = self._held[0], self._held[1] + wanted
-        if self._held[1] > self.quota:
+        held = self._held[1] + wanted
+        if held > self.quota:
             raise StoreError(
                 f"the quota of the store '{self.location}' is {size_text(self.quota)}, and "
-                f"{size_text(self._held[1])} would be held; free some (tribunal store gc) or raise "
+                f"{size_text(held)} would be held; free some (tribunal store gc) or raise "
                 "TRIBUNAL_QUOTA"
             )
+
+    def _count(self, written: int) -> None:
+        """What was written since the store was last counted counts too."""
+        if self._held is not None:
+            self._held = self._held[0], self._held[1] + written
 
     def _unreadable(self, error: OSError) -> StoreError:
         return StoreError(f"cannot read '{self.location}' ({_reason(error)})")

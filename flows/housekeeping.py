@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from artifacts.errors import StoreError
+from artifacts.errors import MissingArtifact, StoreError
 from artifacts.store import MANIFEST, Manifest, Store
 
 ROOTS = ("studies", "winners", "tests", "leaderboards", "figures", "labels", "drift")
@@ -31,9 +31,14 @@ class Doomed:
 
 
 def unreachable(store: Store) -> list[Doomed]:
-    """Folders that nothing needs. Reads manifests and sizes, no data; changes nothing."""
+    """Folders that nothing needs. Reads manifests and sizes, no data; changes nothing.
+
+    Raises:
+        StoreError: the store cannot be read, or a damaged manifest does not tell what it needs.
+    """
     manifests = {(m.kind, m.key): m for m in store.manifests()}
     kept, sizes = reachable(manifests, _in_use(store)), store.place.sizes("")
+    young = max(store.place.young, store.place.longest_build())
 
     def doomed(path: str, why: str) -> Doomed:
         return Doomed(path, why, sum(n for file, n in sizes.items() if file.startswith(f"{path}/")))
@@ -41,18 +46,29 @@ def unreachable(store: Store) -> list[Doomed]:
     found = [doomed(path, "leftover") for path in store.place.abandoned()]
     for node in store.entries():
         path = "/".join(node)
-        if node not in kept and store.place.age(path) > store.place.young:
+        if node not in manifests and f"{path}/{MANIFEST}" in sizes:
+            _refuse_unknown(node, kept)
+        if node not in kept and store.place.age(path) > young:
             whole = node in manifests and _is_whole(manifests[node], sizes)
             found.append(doomed(path, f"orphan {node[0]}" if whole else "corrupt"))
     return found
 
 
+def _refuse_unknown(torn: Node, kept: set[Node]) -> None:
+    """Nobody knows what a torn manifest needs; that matters if something needs the artifact."""
+    if torn in kept or torn[0] in (*ROOTS, *OF_A_STUDY):
+        raise StoreError(
+            f"the manifest of '{'/'.join(torn)}' is damaged, so nobody knows what it needs; "
+            "run its config again, or: tribunal store verify --set-aside"
+        )
+
+
 def collect(store: Store, doomed: list[Doomed]) -> Iterator[Doomed]:
-    """Delete what `unreachable` listed, unless a build has begun to use it since."""
+    """Delete what `unreachable` listed, unless something has come to need it since."""
     with store.collecting():
-        used = {"/".join(node) for node in _in_use(store)}
+        still = {place.path for place in unreachable(store)}
         for place in doomed:
-            if place.path not in used:
+            if place.path in still:
                 store.delete(place.path)
                 yield place
 
@@ -79,15 +95,22 @@ def reachable(manifests: Mapping[Node, Manifest], used: set[Node]) -> set[Node]:
     return found | {node for node in remarks if found.issuperset(_inputs(manifests[node]))}
 
 
-def check_all(store: Store, on_progress: Callable[[int, int], None]) -> tuple[int, dict[Node, str]]:
-    """Read every artifact, several at once; how many there are, and what is wrong with which."""
+def check_all(
+    store: Store, on_progress: Callable[[int, int], None]
+) -> tuple[int, dict[Node, StoreError]]:
+    """Read every artifact, several at once; how many there are, and what is wrong with which.
+
+    What is a plain StoreError could not be read, which may pass; the artifact may be whole.
+    """
     nodes, bad = list(store.entries()), {}
 
-    def check(node: Node) -> str | None:
+    def check(node: Node) -> StoreError | None:
         try:
             store.check(*node)
+        except MissingArtifact as error:
+            return None if store.place.remote else error  # in a bucket, it is being written
         except StoreError as error:
-            return str(error)
+            return error
         return None
 
     with ThreadPoolExecutor(READERS) as pool:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from artifacts.errors import ConfigError
+from artifacts.errors import ConfigError, CorruptArtifact, MissingArtifact
 from artifacts.places import size_text
 from artifacts.store import Store
 from flows import display
@@ -76,7 +76,7 @@ def store_verify(
         count, bad = check_all(store, advanced)
     for node, fault in bad.items():
         typer.echo(fault)
-        if set_aside:
+        if set_aside and isinstance(fault, (CorruptArtifact, MissingArtifact)):
             store.set_aside(*node)
     seconds = time.monotonic() - started
     typer.echo(f"{count - len(bad)} of {count} artifacts are whole ({seconds:.1f} s)")

@@ -107,6 +107,8 @@ def open_model(spec: ModelSpec, dtypes: Sequence[str]) -> LoadedModel:
             if runtime.workers is not None:
                 runtime.workers.rest()
             _open.pop(place, None)
+            loaded = None  # two models may be more than the device holds
+            _free_memory()
             runtime.reporter.said(f"loading {spec.id}")
             loaded = _load(spec, dtypes)
             _open[place] = (wanted, loaded)
@@ -131,6 +133,11 @@ def _load(spec: ModelSpec, dtypes: Sequence[str]) -> LoadedModel:
 def close_models() -> None:
     """Let go of every model of this process, and of the memory they took on GPUs."""
     _open.clear()
+    _free_memory()
+
+
+def _free_memory() -> None:
+    """Give back what dropped models took."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

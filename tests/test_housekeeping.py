@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from artifacts.errors import StoreError
 from artifacts.store import MANIFEST, Manifest, Ref, Store
 from flows.housekeeping import check_all, collect, unreachable
 
@@ -104,6 +105,53 @@ def test_what_a_build_began_to_use_after_the_listing_stays(store: Store) -> None
         find(used.kind, used.key)
         assert {place.path for place in collect(store, doomed)} == paths([gone])
         assert store.find(used.kind, used.key) == used
+
+
+def test_what_a_finished_build_made_something_from_since_the_listing_stays(store: Store) -> None:
+    used, gone = put(store, "directions", "7"), put(store, "directions", "8")
+    doomed = unreachable(store)
+    put(store, "winners", "9", [used])
+    assert {place.path for place in collect(store, doomed)} == paths([gone])
+
+
+def test_what_is_younger_than_a_running_build_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    young, old = put(store, "directions", "7", age=OLD), put(store, "directions", "8", age=9 * OLD)
+    with store.building() as find:
+        find("directions", "x")
+        (run,) = (store.root / ".runs").iterdir()
+        since, _, rest = run.name.partition("-")
+        run.rename(run.with_name(f"{int(since) - int(3 * OLD * 1e9)}-{rest}"))
+        assert collected(store) == paths([old])
+        run.with_name(f"{int(since) - int(3 * OLD * 1e9)}-{rest}").rename(run)
+    assert collected(store) == paths([young, old])
+
+
+def test_a_torn_manifest_that_may_need_something_stops_the_collection(store: Store) -> None:
+    *_, generation, named = study(store)
+    put(store, "directions", "7")
+    (store.folder(named.kind, named.key) / MANIFEST).write_text("{")
+    with pytest.raises(StoreError, match=r"'studies/d0+' is damaged, so nobody knows .*verify"):
+        unreachable(store)
+    store.set_aside(named.kind, named.key)
+    assert paths([generation]) <= collected(store)
+
+
+def test_what_cannot_be_read_stops_the_collection(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study(store)
+
+    def fail(path: str) -> bytes:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(store.place, "read", fail)
+    with pytest.raises(StoreError, match="cannot read"):
+        unreachable(store)
+    count, bad = check_all(store, lambda done, total: None)
+    assert count == len(bad) == 4
+    assert {type(fault) for fault in bad.values()} == {StoreError}
 
 
 BUILD = """

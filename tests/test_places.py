@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 import uuid
@@ -10,6 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from artifacts import object_reader
 from artifacts.errors import StoreError
 from artifacts.object_place import ObjectPlace
 from artifacts.places import MANIFEST, LocalPlace, Place, size_text
@@ -106,6 +108,70 @@ def test_a_torn_manifest_is_set_aside_too(anywhere: Store) -> None:
     assert put(anywhere) == ref
 
 
+def test_what_cannot_be_read_now_is_neither_missing_nor_corrupt(
+    anywhere: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = put(anywhere)
+    with monkeypatch.context() as outage:
+
+        def fail(path: str) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        outage.setattr(anywhere.place, "read", fail)
+        with pytest.raises(StoreError, match=r"^cannot read '.*' \(input/output error\)"):
+            anywhere.find("things", ref.key)
+        with pytest.raises(StoreError):
+            put(anywhere, frame=pl.DataFrame({"number": [4]}))
+    assert anywhere.find("things", ref.key) == ref
+    assert anywhere.place.folders(".quarantine") == []
+
+
+def test_the_data_of_a_writer_in_a_bucket_waits_for_its_manifest() -> None:
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    other = f"things/{'a' * 32}/data-of-another.parquet"
+    store.place._fs.pipe_file(store.place._at(other), b"uploaded")  # type: ignore[attr-defined]
+    put(store)
+    assert store.place.read(other) == b"uploaded"
+
+
+def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
+    made, given = tmp_path / "made", tmp_path / "given"
+    given.mkdir()
+    for root in (made, given):
+        with Store(str(root)).lock("things", "k"):
+            assert root.is_dir()
+    assert not made.exists()
+    assert given.is_dir()
+
+
+def test_large_files_of_a_bucket_are_read_in_parts(
+    hasty: ObjectPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_reader, "SMALL", 100)
+    monkeypatch.setattr(object_reader, "END", 64)
+    content = bytes(range(250)) * 4
+    hasty._fs.pipe_file(hasty._at("large"), content)
+    hasty._fs.pipe_file(hasty._at("small"), b"abc")
+    reader, asked = hasty.reader({"large": 1000, "small": 3}), []
+    fetch = hasty._fs.cat_file
+
+    def counted(path: str, start: int, end: int) -> bytes:
+        asked.append((start, end))
+        return bytes(fetch(path, start=start, end=end))
+
+    monkeypatch.setattr(hasty._fs, "cat_file", counted)
+    file = reader.open(hasty._at("large"))
+    file.seek(-8, 2)
+    assert file.read(8) == content[-8:]
+    file.seek(10)
+    assert file.read(5) == content[10:15]
+    assert all(end - start <= 64 for start, end in asked)
+    file.seek(0)
+    assert file.read() == content
+    monkeypatch.undo()
+    assert reader.open(hasty._at("small")).read() == b"abc"
+
+
 def overwrite(place: Place, path: str, content: bytes) -> None:
     if isinstance(place, LocalPlace):
         (place.root / path).write_bytes(content)
@@ -169,6 +235,10 @@ def test_a_quota_is_kept_and_said(location: str) -> None:
     with pytest.raises(StoreError, match=r"quota .* is .* B, and .* TRIBUNAL_QUOTA"):
         put(small, "b" * 32)
     assert len(list(small.entries())) == 1
+    exact = Store(location, quota=2 * len(parquet(FRAME)))
+    with pytest.raises(StoreError, match="quota"):
+        put(exact, "c" * 32, pl.DataFrame({"number": range(9999)}))
+    assert put(exact, "c" * 32).made  # what was refused does not count
     assert put(Store(location, quota=10**6), "b" * 32).made
 
 
