@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterable
 
 LONGEST = 1000  # characters of a message
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s']+@")
+_TOKEN = re.compile(r"(?:(?<![A-Za-z0-9])|(?<=\\n))hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s']+@")
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$|CONNECTION_URL|AUTH_STRING")
 _PASSWORD = re.compile(r":([^/@\s]+)(?:@|$)")  # in user:password, and in a URL
 _SHORTEST_SECRET = 8  # characters; what is shorter would hide words

@@ -223,13 +223,13 @@ DRIFT = _columns("""
     protocol | VARCHAR | the study's protocol
     arm | VARCHAR | search preset of the frozen trial, or unedited: the model beside it
     trial | BIGINT | the frozen trial; NULL: unedited
-    number | BIGINT | of the comparison of this study's winner, from 0; the last one holds
+    number | BIGINT | of the comparison of this winner, from 0; the newest winner's last one holds
     measured | BOOLEAN | whether it was measured again; false: nothing had changed
     metric | VARCHAR | refusals, overrefusals, degenerate: 0-1; kl: nats; mean_tokens: tokens
     before | DOUBLE | on the test split, when the winner was frozen
     after | DOUBLE | on the test split, now
     difference | DOUBLE | after - before; NULL: one of them is not finite
-    low | DOUBLE | lower end of its 95 % interval; NULL: not measured again, or not finite
+    low | DOUBLE | lower end of its 95 % interval; NULL: not measured again, not finite, few prompts
     high | DOUBLE | upper end of its 95 % interval; NULL: as low
     n_before | BIGINT | prompts before
     n_after | BIGINT | prompts now
@@ -320,7 +320,13 @@ VIEWS: dict[str, tuple[Column, ...]] = {
     "labels": (_STUDY, *LABELS),
     "winners": (_STUDY, *WINNER),
     "leaderboard": (LEADERBOARD[0], _STUDY, *LEADERBOARD[1:]),
-    "drift": (_STUDY, *DRIFT, _CREATED, _KEY),
+    "drift": (
+        _STUDY,
+        *DRIFT,
+        *_columns("winner | VARCHAR | key of the winner that is compared"),
+        _CREATED,
+        _KEY,
+    ),
     "remeasured": (_STUDY, *TRIALS, _CREATED, _KEY),
     "artifacts": _columns("""
         kind | VARCHAR | kind of artifact

@@ -30,7 +30,9 @@ from flows.options import (
     SetOption,
     StudyOption,
     TableOrJson,
+    has_server,
     open_store,
+    unwatched,
 )
 from flows.settings import Settings, config_names, load_config
 from flows.store_commands import store_app
@@ -162,12 +164,10 @@ def _log_cached(config: Config, store: Store, steps: list[Step]) -> None:
 
 def _execute(config: Config, store: Store, work: int) -> Benchmark:
     """Run what is missing: through Prefect if a server is configured, else in this process."""
-    if os.environ.get("PREFECT_API_URL"):
-        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-
+    if has_server():
         from flows.benchmark import benchmark
 
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        with unwatched():
             return benchmark(config)
     from flows.in_process import run_here
 

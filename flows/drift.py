@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from artifacts.errors import ConfigError, TribunalError
+from artifacts.errors import ConfigError, TribunalError, one_line
 from artifacts.specs import Config
 from artifacts.store import Manifest, Ref, Store
 from flows.pipeline import sources, split_of
 from flows.results import find_study
 from flows.settings import validate
 from tasks.drift import HELD, UNCHANGED, causes_of, device_causes, newest_drift, record_drift
+from tasks.models.identity import require_hub
 from tasks.probe import probe_model
 from tasks.prompts import load_prompts
 from tasks.remeasure import (
@@ -28,6 +29,7 @@ from tasks.remeasure import (
     environment_of,
     frozen_winners,
     input_of,
+    is_source_of,
     newest,
     prompts_of,
     rejudge_candidates,
@@ -36,8 +38,6 @@ from tasks.remeasure import (
 from tasks.stage import current
 
 SPLITS = ("test", "selection")
-# What a study can fail with, beside our own errors: a full device or disk, a hub that breaks off.
-FAILURES = (TribunalError, OSError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ def _outcome(frozen: Frozen, occasion: str | None, now: Environment) -> Outcome:
         before = newest_drift(frozen.winner.ref)
         drift = check_winner(frozen, occasion, now)
         rows = tuple(store.read(drift).to_dicts())
-    except FAILURES as error:
+    except Exception as error:  # noqa: BLE001 - whatever fails a study, the next ones are checked
         known = isinstance(error, TribunalError)
         said = str(error) if known else f"{type(error).__name__}: {error}"
-        return Outcome(frozen.study, error=" ".join(said.split()))
+        return Outcome(frozen.study, error=one_line(" ".join(said.split())))
     return Outcome(frozen.study, drift, rows, news=before is None or before.key != drift.key)
 
 
@@ -139,6 +139,7 @@ def check_winner(frozen: Frozen, occasion: str | None, now: Environment) -> Ref:
     config = config_of(frozen)
     test, selection = frozen.test, store.manifest("selections", frozen.selection)
     prompts = todays_prompts(config, frozen, selection)
+    require_hub(config.model.id, config.model.revision)
     measured_as = store.manifest("models", input_of(test, "materials.model").key)
     model = probe_model(
         spec=config.model,
@@ -217,11 +218,12 @@ def todays_prompts(
 ) -> dict[str, dict[str, Ref]]:
     """The test and selection prompts as their sources give them today, by split and class.
 
-    Where a study has frozen a winner for each of several test splits, its config names those of
-    the first; the others are taken as they are stored.
+    A study's config is that of the first run of its protocol. Another run may have frozen the
+    winner, for other prompts: then prompts are taken as they are stored, so that no split is opened
+    that this winner was never tested on.
     """
     stored = {"test": prompts_of(frozen.test), "selection": prompts_of(selection)}
-    if not frozen.sources_known:
+    if not (frozen.only and _names_sources_of(config, stored)):
         return stored
     loaded = {
         f"{prompt_class}/{split}": load_prompts(
@@ -233,6 +235,16 @@ def todays_prompts(
         if split in SPLITS
     }
     return {split: split_of(loaded, split) for split in SPLITS}
+
+
+def _names_sources_of(config: Config, stored: Mapping[str, Mapping[str, Ref]]) -> bool:
+    """Whether the config names the sources of exactly these prompt sets."""
+    store = current().store
+    named = {(split, name): source for name, split, source in sources(config) if split in SPLITS}
+    held = {(split, name): ref for split, sets in stored.items() for name, ref in sets.items()}
+    return named.keys() == held.keys() and all(
+        is_source_of(named[place], store.manifest(ref.kind, ref.key)) for place, ref in held.items()
+    )
 
 
 def _resolved(prompts: Ref) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,15 @@ import typer
 from rich.text import Text
 
 from flows import display
-from flows.options import Format, FormatOption, PairOption, TableOrJson, open_store
+from flows.options import (
+    Format,
+    FormatOption,
+    PairOption,
+    TableOrJson,
+    has_server,
+    open_store,
+    unwatched,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +43,18 @@ StudyArgument = Annotated[str | None, typer.Argument(metavar="STUDY", help="defa
 AllOption = Annotated[
     bool, typer.Option("--all", help="every comparison, not the last of each study only")
 ]
+
+
+# Numbers count from 0 for every winner, so the newest winner of a study comes before the number.
+LAST = """
+    SELECT d.key
+    FROM drift d
+    LEFT JOIN artifacts w ON w.kind = 'winners' AND w.key = d.winner
+    QUALIFY dense_rank() OVER (
+        PARTITION BY d.study
+        ORDER BY w.created DESC NULLS LAST, d.winner DESC, d.number DESC, d.key DESC
+    ) = 1
+"""
 
 
 def register(app: typer.Typer) -> None:
@@ -77,12 +96,10 @@ def _execute(
     from flows.drift import winners_to_check
 
     winners = winners_to_check(store, studies)
-    if os.environ.get("PREFECT_API_URL"):
-        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-
+    if has_server():
         from flows.rebenchmark import rebenchmark as flow
 
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        with unwatched():
             state = flow([w.study for w in winners], force, occasion, return_state=True)
             found: Any = state.result(raise_on_failure=False)
         if isinstance(found, BaseException):
@@ -116,9 +133,9 @@ def drift(
 
     store = open_store()
     name = None if study is None else find_study(store, study)
-    last = "" if history else "QUALIFY number = max(number) OVER (PARTITION BY study)"
+    shown = "SELECT key FROM drift" if history else LAST
     with catalog(store) as connection:
-        sql = f"SELECT * FROM drift WHERE study = coalesce($1, study) {last}"
+        sql = f"SELECT * FROM drift WHERE study = coalesce($1, study) AND key IN ({shown})"
         table = fetch(connection, sql, [name])
     if not table.rows:
         which = f"of study '{name}'" if name else f"in the store '{store.location}'"
@@ -204,5 +221,7 @@ def _value(row: Mapping[str, Any], value: float, prompts: int) -> str:
 def _difference(row: Mapping[str, Any]) -> str:
     if row["difference"] is None:
         return "-"
-    low, high = (f"{row[end]:+.3g}" for end in ("low", "high"))
-    return f"{row['difference']:+.3g} ({low} to {high})"
+    change = f"{row['difference']:+.3g}"
+    if row["low"] is None:
+        return change
+    return f"{change} ({row['low']:+.3g} to {row['high']:+.3g})"

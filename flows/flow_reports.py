@@ -14,6 +14,7 @@ from prefect.exceptions import PrefectException
 
 from artifacts.places import size_text
 from artifacts.store import Ref, Store
+from flows.logs import manifest_if_there
 from flows.progress import duration
 
 EVERY = 10.0  # seconds between two updates of the bar; one takes about 10 ms
@@ -33,7 +34,8 @@ class FlowLog:
 
     def finished(self, label: str, ref: Ref, seconds: float, cached: bool) -> None:
         how = "cached" if cached else "made"
-        size = size_text(self._store.manifest(ref.kind, ref.key).bytes)
+        found = manifest_if_there(self._store, ref)
+        size = size_text(found.bytes) if found else "of unknown size"
         place = f"{ref.kind}/{ref.key[:8]}"
         self._log.info("%s: %s in %.1f s, %s (%s)", label, how, seconds, size, place)
 
@@ -73,11 +75,13 @@ class SearchBar:
 
     def finished(self, label: str, ref: Ref, seconds: float, cached: bool) -> None:
         trials = self._generations.get(label, 0)
+        if not trials:  # a part of the running generation, say
+            return
         self._running = 0
         self._judged += trials
         self._found += trials if cached else 0
         over = self._judged == self._total
-        if trials and (over or time.monotonic() - self._updated > self._every):
+        if over or (time.monotonic() - self._updated > self._every):
             self._move()
 
     def said(self, line: str) -> None: ...

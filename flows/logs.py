@@ -21,6 +21,17 @@ STDERR = "-"
 TOLD = ("device", "peak_memory_bytes", "peak_cuda_bytes")  # of what made an artifact
 
 
+def manifest_if_there(store: Store, ref: Ref) -> Manifest | None:
+    """What an artifact says of itself; None if it was lost this very moment.
+
+    A run must not fail for what is told of it; whoever reads the artifact next says what is wrong.
+    """
+    try:
+        return store.manifest(ref.kind, ref.key)
+    except StoreError:
+        return None
+
+
 class Reporters:
     """All of these reporters as one."""
 
@@ -60,7 +71,8 @@ class Tally:
             self.cached += 1
         else:
             self.made += 1
-            self.bytes += self._store.manifest(ref.kind, ref.key).bytes
+            found = manifest_if_there(self._store, ref)
+            self.bytes += found.bytes if found else 0
 
     def said(self, line: str) -> None: ...
 
@@ -95,7 +107,7 @@ class EventLog:
     def advanced(self, done: int, total: int) -> None: ...
 
     def finished(self, label: str, ref: Ref, seconds: float, cached: bool) -> None:
-        found = self._manifest(ref)
+        found = manifest_if_there(self._store, ref)
         made_by = found.provenance if found else {}
         self._write(
             "cached" if cached else "made",
@@ -110,13 +122,6 @@ class EventLog:
 
     def said(self, line: str) -> None:
         self._write("said", line=line)
-
-    def _manifest(self, ref: Ref) -> Manifest | None:
-        """What the artifact says of itself; None if it was lost this very moment."""
-        try:
-            return self._store.manifest(ref.kind, ref.key)
-        except StoreError:  # whoever reads it next says so
-            return None
 
     def _write(self, event: str, **facts: Any) -> None:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")

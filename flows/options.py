@@ -1,7 +1,10 @@
-"""What several commands take: forms of an answer, a config, a study, the store."""
+"""What several commands take: forms of an answer, a config, a study, the store, the server."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated
 
@@ -43,3 +46,17 @@ StudyOption = Annotated[
 def open_store() -> Store:
     """The store of TRIBUNAL_STORE."""
     return Settings.from_environment().open_store()
+
+
+def has_server() -> bool:
+    """Whether commands run through Prefect: a server is configured."""
+    return bool(os.environ.get("PREFECT_API_URL"))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Let a command's flow runs send no heartbeat: the automation watches those of workers."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield

@@ -20,6 +20,7 @@ class Progressing:
         self._done = 0.0  # work of finished stages
         self._current = 0.0  # work of the running stage
         self._share = 0.0  # fraction of it that is done
+        self._label = ""  # of the running stage
         self._since: float | None = None  # when the first piece of work began
         self._bar = Progress(
             TextColumn("{task.description:<34.34}"),
@@ -46,7 +47,7 @@ class Progressing:
         self._bar.stop()
 
     def started(self, label: str, work: int) -> None:
-        self._current, self._share = float(work), 0.0
+        self._current, self._share, self._label = float(work), 0.0, label
         if work and self._since is None:
             self._since = time.monotonic()
         self._show(label)
@@ -65,11 +66,12 @@ class Progressing:
             self._line(f"       {label} {step}/{steps}, loss {loss:.3f}  {self._left()}")
 
     def finished(self, label: str, ref: Ref, seconds: float, cached: bool) -> None:
-        self._done += self._current
-        self._current = self._share = 0.0
+        if label == self._label:  # else a part of it, which `advanced` counts
+            self._done += self._current
+            self._current = self._share = 0.0
         self._show()
         if not cached and not self._console.is_terminal:
-            share = 100 * self._done / self._total
+            share = 100 * (self._done + self._current * self._share) / self._total
             self._line(f"{share:3.0f} %  {label}: made in {seconds:.1f} s  {self._left()}")
 
     def said(self, line: str) -> None:

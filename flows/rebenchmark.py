@@ -5,6 +5,7 @@ Its exit state and its events are made for schedules and automations (docs/reben
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,7 +105,8 @@ def events_of(outcome: Outcome) -> list[tuple[str, dict[str, Any]]]:
 
 def metric_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """A metric's numbers, for a payload."""
-    return {name: row[name] for name in ("metric", "before", "after", "difference", "low", "high")}
+    names = ("metric", "before", "after", "difference", "low", "high")
+    return {name: _finite(row[name]) for name in names}
 
 
 def table_of(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -121,7 +123,12 @@ def table_of(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, 6) if isinstance(value, float) else value
+    return round(value, 6) if isinstance(value, float) and math.isfinite(value) else _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON can hold it: an infinite number, as a KL may be, is None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary_of(outcomes: Sequence[Outcome]) -> str:

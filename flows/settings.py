@@ -7,6 +7,7 @@ environment (TRIBUNAL_*) and are never part of a key.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import tomllib
@@ -30,6 +31,7 @@ DEEPEST = 32  # tables in tables; the schema needs 5
 # tomllib takes time with the square of a key's dots: what is far too deep it does not get to see.
 _KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
 _ENDLESS_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*+(?>{_KEY_PART}){{100}}", re.MULTILINE)
+ELSEWHERE = {"TRIBUNAL_ROOT", "TRIBUNAL_ENVIRONMENT"}  # prefect.yaml and deploy/as-worker read them
 TOO_DEEP = f"it is nested deeper than {DEEPEST} tables"
 
 
@@ -102,9 +104,13 @@ class Settings(BaseModel):
         """Settings of the environment: TRIBUNAL_ and a field's name in capitals.
 
         Raises:
-            ConfigError: a value is not what it should be, or two contradict each other.
+            ConfigError: there is no such setting, a value is not what it should be, or two
+                contradict each other.
         """
         names = {f"TRIBUNAL_{name.upper()}": name for name in cls.model_fields}
+        for name, value in os.environ.items():
+            if name.startswith("TRIBUNAL_") and value and name not in names.keys() | ELSEWHERE:
+                _refuse_misspelt(name, names)
         given = {names[n]: v for n, v in os.environ.items() if n in names and v}
         try:
             settings = cls(**given)
@@ -131,6 +137,13 @@ class Settings(BaseModel):
             if given.keys() >= set(pair):
                 one, two = (f"TRIBUNAL_{name.upper()} is '{given[name]}'" for name in pair)
                 raise ConfigError(f"{one} and {two}; unset one of them")
+
+
+def _refuse_misspelt(name: str, known: Mapping[str, str]) -> None:
+    """Refuse what is nearly a setting. Others stay: Kubernetes makes TRIBUNAL_PORT, for one."""
+    endings = [other.removeprefix("TRIBUNAL_") for other in known]
+    if difflib.get_close_matches(name.removeprefix("TRIBUNAL_"), endings, cutoff=0.75):
+        raise ConfigError.unknown("setting", name, known)
 
 
 def shipped(folder: str) -> dict[str, Path]:

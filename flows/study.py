@@ -13,8 +13,8 @@ from flows.study_plan import (
     StudyPlan,
     StudyResult,
     load_plan,
-    one_line,
     run_members,
+    said_by,
 )
 
 
@@ -50,7 +50,7 @@ def study(plan: str | StudyPlan = "ten-models", overrides: list[str] | None = No
 
 def publish(result: StudyResult) -> None:
     """Show the ranking in Prefect's UI, and what is missing from it."""
-    missing = [f"- {name} failed: {one_line(error)}" for name, error in result.failed.items()]
+    missing = [f"- {name} failed: {said_by(error)}" for name, error in result.failed.items()]
     said = [f"# Winners of {result.name} on the test split", "", *missing]
     create_table_artifact(
         table=[row | {"kl": round(row["kl"], 6)} for row in result.leaderboard],

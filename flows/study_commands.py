@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows import display
-from flows.options import PairOption, SetOption, TableOrJson, open_store
+from flows.options import PairOption, SetOption, TableOrJson, has_server, open_store, unwatched
 
 if TYPE_CHECKING:
     from artifacts.specs import Config
@@ -28,11 +27,11 @@ def study(
     form: PairOption = TableOrJson.table,
 ) -> None:
     """Run every config of a study plan with every arm and seed; rank the winners."""
-    from flows.study_plan import MembersFailed, load_plan, one_line
+    from flows.study_plan import MembersFailed, load_plan, said_by
 
     result = _execute(load_plan(plan), overrides or [], open_store())
     if form is TableOrJson.json:
-        failed = {name: one_line(error) for name, error in result.failed.items()}
+        failed = {name: said_by(error) for name, error in result.failed.items()}
         answer = {"study": result.name, "leaderboard": result.leaderboard, "failed": failed}
         typer.echo(json.dumps(display.plain(answer), indent=1))
     elif result.leaderboard:
@@ -47,12 +46,10 @@ def _execute(plan: StudyPlan, overrides: list[str], store: Store) -> StudyResult
     """Through Prefect if a server is configured, else in this process."""
     from flows.study_plan import MembersFailed, run_members
 
-    if os.environ.get("PREFECT_API_URL"):
-        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-
+    if has_server():
         from flows.study import study as study_flow
 
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        with unwatched():
             try:
                 return study_flow(plan, overrides)
             except MembersFailed as error:

@@ -17,7 +17,7 @@ import polars as pl
 from pydantic import AfterValidator, Field, ValidationError
 
 from artifacts.catalog import rank_frame
-from artifacts.errors import ConfigError, TribunalError
+from artifacts.errors import ConfigError, TribunalError, one_line
 from artifacts.specs import Config, Name, Seed, Spec
 from artifacts.store import Store
 from flows.pipeline import Benchmark, title
@@ -71,7 +71,7 @@ class MembersFailed(TribunalError):
     """Some members of a plan failed; `result` holds what the others made."""
 
     def __init__(self, result: StudyResult) -> None:
-        reasons = "; ".join(f"{name}: {one_line(error)}" for name, error in result.failed.items())
+        reasons = "; ".join(f"{name}: {said_by(error)}" for name, error in result.failed.items())
         count = f"{len(result.failed)} of {len(result.failed) + len(result.finished)}"
         super().__init__(f"{count} members of '{result.name}' failed: {reasons}")
         self.result = result
@@ -140,14 +140,14 @@ def run_members(
             finished[member.name] = run(member.config)
         except Exception as error:  # noqa: BLE001 - whatever fails a member, the next ones run
             failed[member.name] = error
-            said(f"{member.name} failed: {one_line(error)}")
+            said(f"{member.name} failed: {said_by(error)}")
     ranked = _rank(store, [m for m in members if m.name in finished], finished)
     return StudyResult(plan.name, finished, ranked, failed)
 
 
-def one_line(error: Exception) -> str:
-    """An error in one line; one that is not ours is named."""
-    words = " ".join(str(error).split())
+def said_by(error: Exception) -> str:
+    """An error in one line without secrets; one that is not ours is named."""
+    words = one_line(" ".join(str(error).split()))
     return words if isinstance(error, TribunalError) else f"{type(error).__name__}: {words}"
 
 

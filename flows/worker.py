@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +21,12 @@ import anyio
 import httpx
 import typer
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.settings import get_current_settings
+from prefect.settings import (
+    PREFECT_WORKER_WEBSERVER_HOST,
+    PREFECT_WORKER_WEBSERVER_PORT,
+    get_current_settings,
+    temporary_settings,
+)
 from prefect.states import AwaitingRetry, Cancelled
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 
 OBEDIENCE = 15.0  # seconds that a flow run has to end itself after SIGTERM
 POLL = 0.1
+LOOPBACK = "127.0.0.1"
 
 
 class HandingBackWorker(ProcessWorker):
@@ -125,17 +132,49 @@ def _next(state: State[Any] | None) -> State[Any]:
     return AwaitingRetry(message="its worker was stopped; what is stored is not computed again")
 
 
+def health_address() -> tuple[str, int]:
+    """Where the worker's health is answered: as set, else on loopback and, if need be, a free port.
+
+    Raises:
+        ConfigError: the address that is set cannot be used.
+    """
+    web = get_current_settings().worker.webserver
+    host = web.host if "host" in web.model_fields_set else LOOPBACK
+    try:
+        return host, _bound(host, web.port)
+    except OSError as error:
+        if "port" not in web.model_fields_set:
+            with suppress(OSError):
+                return host, _bound(host, 0)
+        raise ConfigError(
+            f"the worker's health cannot be answered on '{host}:{web.port}' ({error.strerror}); "
+            "set PREFECT_WORKER_WEBSERVER_HOST and PREFECT_WORKER_WEBSERVER_PORT to another one"
+        ) from error
+
+
+def _bound(host: str, port: int) -> int:
+    """The port that a server gets which asks for `port`; 0 asks for a free one."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        tried.bind(address)
+        return int(tried.getsockname()[1])
+
+
 async def work(pool: str, name: str | None, limit: int | None, finish_within: float) -> None:
     """Be a worker of a pool until SIGTERM or SIGINT; a second one ends the process at once.
 
     Raises:
-        ConfigError: no server is configured, or the name is not one.
+        ConfigError: no server is configured, the name is not one, or the address for health that
+            is set cannot be used.
     """
     settings = get_current_settings()
     if not settings.api.url:
         raise ConfigError("a worker needs PREFECT_API_URL, as in http://127.0.0.1:4200/api")
     if name and set(name) & set("/%"):
         raise ConfigError(f"the name of a worker has neither / nor %, not '{name}'")
+    host, port = health_address()
+    typer.echo(f"health: http://{host}:{port}/health")
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
@@ -155,5 +194,6 @@ async def work(pool: str, name: str | None, limit: int | None, finish_within: fl
         limit=limit,
         heartbeat_interval_seconds=int(settings.worker.heartbeat_seconds),
     )
-    with suppress(asyncio.CancelledError):
+    web = {PREFECT_WORKER_WEBSERVER_HOST: host, PREFECT_WORKER_WEBSERVER_PORT: port}
+    with suppress(asyncio.CancelledError), temporary_settings(web):
         await worker.start(with_healthcheck=True, printer=typer.echo)

@@ -18,7 +18,8 @@ def worker(
 ) -> None:
     """Be a Prefect worker that can be stopped: its flow runs finish or go back to the queue.
 
-    Health: http://PREFECT_WORKER_WEBSERVER_HOST:PREFECT_WORKER_WEBSERVER_PORT/health
+    Health is answered at http://PREFECT_WORKER_WEBSERVER_HOST:PREFECT_WORKER_WEBSERVER_PORT/health,
+    by default on 127.0.0.1 and port 8080, or a free one; the worker says where.
     """
     from flows.worker import work
 

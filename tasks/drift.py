@@ -7,6 +7,7 @@ clock says and however often things change back and forth.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -37,13 +38,17 @@ JUDGED_ON: dict[str, tuple[tuple[str, ...], Callable[[Row], float]]] = {
     "degenerate": (("harmful", "harmless", "borderline"), lambda r: r["degenerate"] is not None),
     "mean_tokens": (("harmless",), lambda r: r["n_tokens"]),
 }
+UNTOLD = ("", "default")  # devices
 MEANS = ("kl", "mean_tokens")  # the others are rates
 # Another build of a library rounds differently, on all prompts alike, so an interval alone would
 # call 1e-7 nats a drift. Four decimals are what rankings show.
 RESOLUTION = {"kl": 1e-4}
+# A mean needs as many prompts: six that all move alike, one way, are chance in 1 of 32 cases (both
+# ways counted), five in 1 of 16; and a bootstrap of one prompt has no width at all.
+FEWEST = 6
 
 
-@stage("drift", version=1, label=lambda **_: "drift of the winner")
+@stage("drift", version=2, label=lambda **_: "drift of the winner")
 def compare_winner(
     *,
     winner: Ref,
@@ -90,7 +95,7 @@ def standing(trial: Trial, tests: Pair, selections: Pair, changes: Sequence[str]
         tests, selections: judged trials of the two splits, before and after.
         changes: what became of each of its metrics.
     """
-    places = [place_of(trial, selection) for selection in selections]
+    places = [place_of(trial, selections[0]), place_now(trial, *selections)]
     gates = [gates_of(trial, *judged) for judged in zip(tests, selections, strict=True)]
     return {
         "place_before": places[0],
@@ -114,7 +119,8 @@ def _difference(metric: str, before: Sequence[Row], after: Sequence[Row], measur
     samples = match(*(_values(metric, responses) for responses in (before, after)))
     first, second = samples.means
     finite = math.isfinite(first) and math.isfinite(second)
-    low, high = _interval(metric, samples) if measured and finite else (None, None)
+    enough = metric not in MEANS or min(samples.n_before, samples.n_after) >= FEWEST
+    low, high = _interval(metric, samples) if measured and finite and enough else (None, None)
     return {
         "metric": metric,
         "before": first,
@@ -143,11 +149,13 @@ def _interval(metric: str, samples: Samples) -> tuple[float, float]:
 
 def change_of(metric: str, samples: Samples, low: float | None, high: float | None) -> str:
     """Whether a metric is unchanged (to the bit), changed within noise, or drifted."""
+    first, second = samples.means
     if samples.same:
         return UNCHANGED
+    if not (math.isfinite(first) and math.isfinite(second)):
+        return DRIFTED
     if low is None or high is None:
-        return DRIFTED  # to or from what is not finite
-    first, second = samples.means
+        return NOISE  # too few prompts to tell
     beyond = (low > 0 or high < 0) and abs(second - first) > RESOLUTION.get(metric, 0.0)
     return DRIFTED if beyond else NOISE
 
@@ -171,6 +179,33 @@ def place_of(trial: Trial, selection: pl.DataFrame) -> int:
     """A trial's place among the candidates in the strict order, gates included, from 1."""
     ranked = rank_frame(selection.drop("responses"))
     return int(ranked.filter(arm=trial.arm, trial=trial.number)["rank"][0])
+
+
+def place_now(trial: Trial, before: pl.DataFrame, after: pl.DataFrame) -> int:
+    """A trial's place among the same candidates measured again, from 1.
+
+    Places follow the strict order, but candidates that only KL tells apart, by no more than its
+    resolution, stay in the order they were in: rounding costs nobody a place.
+    """
+    then, now = (rank_frame(judged.drop("responses")).to_dicts() for judged in (before, after))
+    own = (trial.arm, trial.number)
+    ahead_then, ahead_now = (_ahead_of(own, ranked) for ranked in (then, now))
+    (winner,) = [row for row in now if (row["arm"], row["trial"]) == own]
+    near = {(row["arm"], row["trial"]) for row in now if _near(row, winner)}
+    return 1 + len((ahead_now - near) | (ahead_then & near))
+
+
+def _ahead_of(own: tuple[str, int | None], ranked: Sequence[Row]) -> set[tuple[str, int | None]]:
+    """The trials, by arm and number, before one of a ranking."""
+    trials = [(row["arm"], row["trial"]) for row in ranked]
+    return set(trials[: trials.index(own)])
+
+
+def _near(one: Row, other: Row) -> bool:
+    """Whether only KL tells two judged trials apart, and by no more than its resolution."""
+    same = all(one[name] == other[name] for name in ("gated", "refusals", "overrefusals"))
+    values = one["kl"], other["kl"]
+    return same and None not in values and abs(values[0] - values[1]) <= RESOLUTION["kl"]
 
 
 def gates_of(trial: Trial, test: pl.DataFrame, selection: pl.DataFrame) -> str | None:
@@ -281,9 +316,23 @@ def library_causes(then: Environment, now: Environment) -> list[str]:
 
 
 def device_causes(before: Manifest, after: Manifest) -> list[str]:
-    """Whether the two measurements were made on different devices."""
-    old, new = (manifest.provenance.get("device") for manifest in (before, after))
-    return [f"device {old} -> {new}"] if old and new and old != new else []
+    """Whether the two measurements are known to be made on different devices.
+
+    Which of several like GPUs it was does not count. "default" names none, nor does "cuda" say
+    which model it is.
+    """
+    old, new = (_hardware(manifest) for manifest in (before, after))
+    if old[0] in UNTOLD or new[0] in UNTOLD:
+        return []
+    differ = old[0] != new[0] or (old[1] and new[1] and old[1] != new[1])
+    return [f"device {' '.join(old).strip()} -> {' '.join(new).strip()}"] if differ else []
+
+
+def _hardware(manifest: Manifest) -> tuple[str, str]:
+    """Type and name of the device, as far as they are told, without its number."""
+    told = re.sub(r"(?<=[a-z]):\d+", "", str(manifest.provenance.get("device") or ""))
+    kind, _, name = told.partition(" ")
+    return kind, name
 
 
 def record_drift(**arguments: Any) -> Ref:

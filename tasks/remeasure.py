@@ -41,7 +41,7 @@ class Frozen:
     named: Ref  # the studies artifact, which holds the config
     winner: Manifest
     test: Manifest
-    sources_known: bool  # whether the config's test prompts are those the winner is frozen for
+    only: bool  # whether it is the only winner of its study, whose config is that of the first run
 
     @property
     def protocol(self) -> Ref:
@@ -123,6 +123,23 @@ def _code_digest(file: Path) -> str:
     return digest(ast.dump(ast.parse(file.read_bytes())))[:16]
 
 
+def is_source_of(source: PromptSource, prompts: Manifest) -> bool:
+    """Whether a stored prompt set was read from this source, whatever it holds today.
+
+    Content may have changed, so a file or folder is known by its name and a hub id by itself; all
+    else (split, column, revision, ...) has to be the same.
+    """
+    identity: Any = prompts.identity
+    then = dict(identity["source"])
+    name = then.pop("source")
+    now = source.model_dump(mode="json", exclude={"source"})
+    if any(now.get(field) != value for field, value in then.items()):
+        return False
+    if isinstance(name, Mapping):  # a digest, of what lay somewhere
+        return str(prompts.notes["resolved"]).startswith(f"{Path(source.source).name} sha256:")
+    return bool(source.source == name)
+
+
 def newest(source: PromptSource, resolved: str) -> PromptSource:
     """The source at the commit its hub branch is at today; any other source as it is.
 
@@ -144,7 +161,7 @@ def newest(source: PromptSource, resolved: str) -> PromptSource:
     except OfflineModeIsEnabled:
         return source
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PromptError(
             f"cannot look up data set '{source.source}' at '{source.revision or 'main'}' on the "
             f"Hugging Face hub: {reason}; pin its revision to a full commit, or connect"

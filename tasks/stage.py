@@ -343,9 +343,28 @@ def _provenance() -> dict[str, Any]:
         "tribunal": version("tribunal"),
         "python": sys.version.split()[0],
         **{name: version(name) for name in loaded},
-        "device": current().device or "default",
+        "device": _device(),
         **_peaks(),
     }
+
+
+def _device() -> str:
+    """The device in use, with a GPU's name; "default" where torch, which chooses it, is not loaded.
+
+    Models that are spread (`device_map`) name every GPU.
+    """
+    spread, asked = current().device_map, current().device
+    torch, cuda = sys.modules.get("torch"), _cuda_in_use()
+    if torch is None:
+        return asked or "default"
+    if cuda is None:
+        return asked or "cpu"
+    device = torch.device(asked or "cuda")
+    if device.type != "cuda" and not spread:
+        return str(device)
+    first = cuda.current_device() if device.index is None else device.index
+    used = range(cuda.device_count()) if spread else (first,)
+    return ", ".join(f"cuda:{number} {cuda.get_device_name(number)}" for number in used)
 
 
 def _peaks() -> dict[str, Any]:

@@ -237,6 +237,15 @@ def test_mean_intervals_repeat_with_their_seed_and_refuse_infinities() -> None:
         mean_difference(samples, level=1.0)
 
 
+def test_one_replaced_prompt_proves_nothing_and_many_do() -> None:
+    values = np.random.default_rng(0).lognormal(0, 1, 10)
+    one = Samples(values[:1], values[1:], values[1:].copy(), values[:1] + 1)
+    low, high = mean_difference(one)
+    assert low < 0 < 0.1 < high
+    all_of_them = Samples(values, NONE, NONE, values + 9)
+    assert mean_difference(all_of_them)[0] > 0
+
+
 def test_no_difference_is_exactly_none() -> None:
     values = np.random.default_rng(0).random(7)
     assert mean_difference(Samples(NONE, values, values.copy(), NONE)) == (0.0, 0.0)

@@ -21,11 +21,11 @@ from small_study import tribunal
 from trial_rows import PROTOCOL, response, trial_row, trials
 
 from artifacts.catalog import user_query
-from artifacts.errors import ConfigError, PromptError, TestSplitSpent
+from artifacts.errors import ConfigError, ModelError, PromptError, TestSplitSpent
 from artifacts.schemas import MODELS, PROMPTS, WINNER, polars_schema
 from artifacts.specs import PromptSource
 from artifacts.store import Manifest, Ref, Store, parquet
-from flows.drift import Outcome, occasion_of, winners_to_check
+from flows.drift import Outcome, check_winners, occasion_of, winners_to_check
 from flows.rebenchmark import events_of, rebenchmark, resource_of, state_of, summary_of, table_of
 from tasks.drift import (
     VERDICTS,
@@ -40,9 +40,11 @@ from tasks.drift import (
     verdict_of,
 )
 from tasks.locked_test import refuse_other_trials
+from tasks.models.identity import require_hub
 from tasks.numerics.differences import Samples
-from tasks.remeasure import LABELLERS, environment, frozen_winners, newest
-from tasks.stage import Runtime, running
+from tasks.prompts import load_prompts
+from tasks.remeasure import LABELLERS, environment, frozen_winners, is_source_of, newest
+from tasks.stage import Runtime, _device, running
 
 ROOT = Path(__file__).parent.parent
 NONE = np.zeros(0)
@@ -224,6 +226,71 @@ def test_a_winner_that_another_candidate_passes_has_lost_its_place(study: Study)
     assert rows[0]["verdict"] == "lost its place"
 
 
+def test_rounding_costs_no_place_and_a_visible_loss_does(study: Study) -> None:
+    equal = study.candidates(0.02, 0.02 + 1e-7)
+    study.selection = put(study.store, "selections", "d" * 32, trials(*equal))
+    for name, kl, place in (("1", 0.02 + 2e-7, 1), ("2", 0.02 + 2e-4, 2)):
+        again = put(study.store, "reselections", name * 32, trials(*study.candidates(kl, 0.02)))
+        found = study.compare(study.retest(name, judged(), judged(None)), again)[0]
+        assert (found["place_before"], found["place_after"]) == (1, place)
+        assert (found["verdict"] == "lost its place") == (place == 2)
+    refused = study.candidates(0.02, 0.02)
+    refused[0]["refusals"] = 1  # a count has no resolution
+    again = put(study.store, "reselections", "3" * 32, trials(*refused))
+    assert study.compare(study.retest("3", judged(), judged(None)), again)[0]["place_after"] == 2
+
+
+def test_a_place_behind_is_kept_too(study: Study) -> None:
+    behind = study.candidates(0.02 + 1e-6, 0.02)
+    study.selection = put(study.store, "selections", "d" * 32, trials(*behind))
+    ahead = put(study.store, "reselections", "1" * 32, trials(*study.candidates(0.02, 0.02)))
+    found = study.compare(study.retest("1", judged(), judged(None)), ahead)[0]
+    assert (found["place_before"], found["place_after"]) == (2, 2)
+    visibly = put(study.store, "reselections", "2" * 32, trials(*study.candidates(0.01, 0.02)))
+    found = study.compare(study.retest("2", judged(), judged(None)), visibly)[0]
+    assert found["place_after"] == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "change"), [(1, "within noise"), (5, "within noise"), (6, "drifted")]
+)
+def test_a_mean_of_few_prompts_has_no_interval_and_is_no_drift(
+    study: Study, count: int, change: str
+) -> None:
+    before, after = (
+        [response("harmless", f"g{i}", kl=0.01, n_tokens=n) for i in range(count)]
+        + [response("harmful", "h0")]
+        for n in (6, 7)
+    )
+    study.test = put(
+        study.store,
+        "tests",
+        "d" * 32,
+        trials(judged(responses=before), judged(None, responses=before)),
+    )
+    again = study.retest("1", judged(responses=after), judged(None, responses=before))
+    tokens = of(study.compare(again), "mean_tokens")
+    assert (tokens["difference"], tokens["change"]) == (1.0, change)
+    interval = (tokens["low"], tokens["high"])
+    assert interval == (pytest.approx((1.0, 1.0)) if count == 6 else (None, None))
+
+
+def test_one_replaced_prompt_is_no_drift(study: Study) -> None:
+    tokens = [4, 5, 6, 7, 8, 9, 10, 11]
+    before = [response("harmless", f"g{i}", kl=0.01 * n, n_tokens=n) for i, n in enumerate(tokens)]
+    before.append(response("harmful", "h0"))
+    after = [response("harmless", "new", kl=0.08, n_tokens=8), *before[1:]]
+    study.test = put(
+        study.store,
+        "tests",
+        "d" * 32,
+        trials(judged(responses=before), judged(None, responses=before)),
+    )
+    again = study.retest("1", judged(responses=after), judged(None, responses=after))
+    rows = study.compare(again)
+    assert {of(rows, name)["change"] for name in ("kl", "mean_tokens")} == {"within noise"}
+
+
 def test_a_tripped_gate_outweighs_the_place_and_an_old_one_does_not_trip(study: Study) -> None:
     failed = {"gated": True, "gate_reason": "kl 0.6 > 0.5"}
     rows = study.compare(study.retest("1", judged(**failed), judged(None)))
@@ -367,11 +434,17 @@ def test_causes_name_versions_that_are_told_of_both_times() -> None:
 
 def test_a_device_is_told_where_both_times_name_one() -> None:
     made = [
-        Manifest("tests", "0", 1, provenance=p) for p in ({"device": "cpu"}, {"device": "cuda"})
+        Manifest("tests", "0", 1, provenance={"device": device})
+        for device in ("cpu", "cuda:0 NVIDIA H100", "cuda:1 NVIDIA H100", "cuda:0 NVIDIA L4")
     ]
-    assert device_causes(*made) == ["device cpu -> cuda"]
+    assert device_causes(made[0], made[1]) == ["device cpu -> cuda NVIDIA H100"]
+    assert device_causes(made[1], made[3]) == ["device cuda NVIDIA H100 -> cuda NVIDIA L4"]
+    assert device_causes(made[1], made[2]) == []  # one like it
     assert device_causes(made[0], made[0]) == []
-    assert device_causes(made[0], Manifest("retests", "0", 1)) == []
+    for untold in ({}, {"device": "default"}):
+        assert device_causes(made[0], Manifest("retests", "0", 1, provenance=untold)) == []
+    cuda = Manifest("retests", "0", 1, provenance={"device": "cuda:0"})  # which one is not told
+    assert device_causes(cuda, made[1]) == []
 
 
 def test_the_environment_names_libraries_stages_and_labellers() -> None:
@@ -398,7 +471,7 @@ def test_each_study_has_the_winner_it_froze_last_and_its_first_measurement(study
         study.winner,
         study.test.key,
     )
-    assert frozen.sources_known
+    assert frozen.only
     again = pl.DataFrame([{"trial": 1}], schema=polars_schema(WINNER))
     winner = put(
         study.store,
@@ -412,7 +485,53 @@ def test_each_study_has_the_winner_it_froze_last_and_its_first_measurement(study
     assert frozen_winners(study.store) == []  # frozen, and not tested yet
     put(study.store, "tests", "7" * 32, trials(judged()), inputs={"winner": winner})
     (frozen,) = frozen_winners(study.store)
-    assert (frozen.winner.ref, frozen.sources_known) == (winner, False)
+    assert (frozen.winner.ref, frozen.only) == (winner, False)
+
+
+def test_a_stored_set_is_of_its_source_whatever_that_holds_today(
+    store: Store, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one\ntwo\n")
+    source = PromptSource(source=str(file), split="train[:1]")
+    with running(Runtime(store)):
+        ref = load_prompts(prompt_class="harmful", split="test", source=source)
+    stored = store.manifest(ref.kind, ref.key)
+    file.write_text("three\n")
+    assert is_source_of(source, stored)
+    for change in (
+        {"split": "train[1:2]"},
+        {"source": "b.txt"},
+        {"prefix": "x"},
+        {"source": "a/b"},
+    ):
+        assert not is_source_of(source.model_copy(update=change), stored)
+    of_hub = Manifest("prompts", "0", 1, identity={"source": {"source": "a/b", "revision": "main"}})
+    assert is_source_of(PromptSource(source="a/b", revision="main"), of_hub)
+    assert not is_source_of(PromptSource(source="a/c", revision="main"), of_hub)
+    assert not is_source_of(PromptSource(source="a/b", revision="dev"), of_hub)
+
+
+@pytest.mark.parametrize(
+    "kind", [KeyError, TypeError, ImportError, RuntimeError, pl.exceptions.ComputeError]
+)
+def test_whatever_fails_a_study_the_next_one_is_checked(
+    study: Study, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    (frozen,) = frozen_winners(study.store)
+
+    def fail(*_: object) -> None:
+        raise kind("no\n(hf_" + "a" * 20)
+
+    monkeypatch.setattr("flows.drift.check_winner", fail)
+    with running(Runtime(study.store)):
+        found = check_winners([frozen, frozen])
+    assert [o.verdict for o in found] == ["not measured"] * 2
+    error = str(found[0].error)
+    assert error.startswith(f"{kind.__name__}: ")
+    assert "***" in error
+    assert "aaaa" not in error
+    assert "\n" not in error
 
 
 def test_studies_are_found_by_name_or_refused(study: Study, tmp_path: Path) -> None:
@@ -496,6 +615,13 @@ def test_what_the_ui_shows_names_studies_causes_and_failures(held: Outcome, lost
     assert "'./gone' \\| see docs" in text
 
 
+def test_what_is_infinite_is_valid_json_too(study: Study) -> None:
+    found = outcome(study, study.retest("1", judged(responses=answers(kl=math.inf)), judged(None)))
+    for told in (table_of([found]), events_of(found)):
+        assert "null" in json.dumps(told, allow_nan=False)
+    assert "inf" in summary_of([found])
+
+
 def test_the_flow_takes_the_parameters_of_its_deployment() -> None:
     assert rebenchmark.validate_parameters({"studies": None, "force": False})
     assert rebenchmark.validate_parameters({"studies": ["organism"], "force": True})
@@ -527,6 +653,31 @@ def test_stored_drift_is_shown_in_eighty_columns(study: Study) -> None:
     text = tribunal(study.store, "drift", "--format", "csv").stdout
     assert text.splitlines()[0].startswith("study,protocol,arm,trial,number")
     assert len(text.splitlines()) == 10
+
+
+def test_a_new_winner_is_shown_in_place_of_the_old_ones_comparisons(study: Study) -> None:
+    study.compare(study.retest("1", judged(responses=answers(9)), judged(None)))
+    study.compare()
+    old = study.winner
+    study.winner = put(
+        study.store,
+        "winners",
+        "8" * 32,
+        study.store.read(old),
+        inputs={"protocol": study.protocol},
+        notes={"selection": study.selection.key},
+        provenance={"created": "2026-02-01T00:00:00Z"},
+    )
+    study.compare(study.retest("2", judged(), judged(None)), None, "torch 1 -> 2")
+    put(study.store, "generations", "6" * 32, trials(trial_row(0)))
+    rows = json.loads(tribunal(study.store, "drift", "--format", "json").stdout)
+    assert {(row["winner"], row["number"]) for row in rows} == {(study.winner.key, 0)}
+    every = json.loads(tribunal(study.store, "drift", "--all", "--format", "json").stdout)
+    assert {(row["winner"], row["number"]) for row in every} == {
+        (old.key, 0),
+        (old.key, 1),
+        (study.winner.key, 0),
+    }
 
 
 def test_drift_of_nothing_is_one_line(study: Study) -> None:
@@ -611,3 +762,73 @@ def test_a_file_and_a_pinned_commit_need_no_hub(tmp_path: Path) -> None:
         assert newest(source, "whatever") is source
     with pytest.raises(PromptError):
         newest(PromptSource(source=str(tmp_path / "gone.txt")), "whatever")
+
+
+def test_a_models_branch_is_not_taken_from_the_cache_of_a_hub_out_of_reach(
+    store: Store, tmp_path: Path
+) -> None:
+    commit = "4" * 40
+    ref = tmp_path / "models--a--b" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text(commit)
+    code = """
+from artifacts.errors import ModelError
+from tasks.models.identity import require_hub, resolve
+print(resolve("a/b").revision)
+require_hub("a/b", "5" * 40)
+require_hub("organism")
+try:
+    require_hub("a/b")
+    print("held")
+except ModelError as error:
+    print(error)
+"""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    for offline, said in (("0", "cannot look up 'a/b' at 'main'"), ("1", "held")):
+        env = small_environment(store) | nowhere
+        env |= {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": offline}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[0] == commit
+        assert said in done.stdout.splitlines()[1]
+
+
+def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(PromptError, match="OSError"):
+        newest(PromptSource(source="a/b"), "a/b@" + "1" * 40)
+    with pytest.raises(ModelError, match="OSError"):
+        require_hub("a/nowhere")
+
+
+def test_provenance_names_the_device_in_use(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    with running(Runtime(store)):
+        assert _device() == "cpu"
+        with monkeypatch.context() as without:
+            without.delitem(sys.modules, "torch")
+            assert _device() == "default"
+    for name, value in (
+        ("is_initialized", True),
+        ("current_device", 0),
+        ("device_count", 2),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU{number}")
+    for facts, told in (
+        ({}, "cuda:0 GPU0"),
+        ({"device": "cuda:1"}, "cuda:1 GPU1"),
+        ({"device": "cpu"}, "cpu"),
+        ({"device_map": "auto"}, "cuda:0 GPU0, cuda:1 GPU1"),
+    ):
+        with running(Runtime(store, **facts)):
+            assert _device() == told

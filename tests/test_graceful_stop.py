@@ -97,7 +97,7 @@ def test_a_run_that_falls_silent_is_crashed_by_the_automation(
     ]
     sooner = tmp_path / "automations.yaml"
     sooner.write_text(
-        shipped.replace("within: 120", "within: 40").replace("Crash silent runs", "Sooner")
+        shipped.replace("within: 600", "within: 40").replace("Crash silent runs", "Sooner")
     )
     stack.prefect("automation", "create", "--from-file", str(sooner))
     pool = ("--pool", "tribunal", "--type", "process")

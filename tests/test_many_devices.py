@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from small_study import command, digests, environment, tribunal, write_config
 
 from artifacts.errors import WorkerError
-from artifacts.store import Store
+from artifacts.store import Ref, Store
 from tasks.lanes.dask_cluster import DEATHS
 from tasks.lanes.dispatch import Kind, Lanes
 from tasks.lanes.prefect_server import TemporaryServer
@@ -52,6 +52,10 @@ class Heard(Silent):
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.steps: list[tuple[int, int]] = []
+        self.parts: list[tuple[str, bool]] = []
+
+    def finished(self, label: str, ref: Ref, seconds: float, cached: bool) -> None:
+        self.parts.append((label, cached))
 
     def said(self, line: str) -> None:
         self.lines.append(line)
@@ -89,6 +93,9 @@ def test_workers_are_kept_and_share_the_work(store: Store, server: str, kind: Ki
     assert os.getpid() not in made_by
     assert starts(store) == [1] * CALLS
     assert heard.steps == [(n + 1, CALLS) for n in range(CALLS)]
+    parts = [f"piece {n}, part {n + 1} of {CALLS}" for n in range(CALLS)]
+    assert sorted(heard.parts) == [(part, False) for part in parts]
+    assert pieces(store, server, kind)[1].parts == [(part, True) for part in parts]
     assert not any(map(psutil.pid_exists, made_by))
 
 
@@ -154,7 +161,7 @@ def test_the_artifacts_are_those_of_a_single_worker(
 ) -> None:
     done = subprocess.run(
         command("run", str(config_path), "--format", "json"),
-        env=by_workers(store, kind, workers, tmp_path),
+        env=by_workers(store, kind, workers, tmp_path) | {"TRIBUNAL_LOG": str(tmp_path / "log")},
         capture_output=True,
         text=True,
     )
@@ -164,6 +171,9 @@ def test_the_artifacts_are_those_of_a_single_worker(
     found = digests(store)
     shards = {name for name in found if name.startswith("shards/")}
     assert len(shards) == 4  # two generations of two trials
+    log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    made = [f"{e['kind']}/{e['key']}" for e in log if e["event"] == "made"]
+    assert sorted(made) == sorted(found)  # a line for each
     assert {name: found[name] for name in found.keys() - shards} == digests(alone)
 
 

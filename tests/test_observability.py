@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import re
@@ -11,11 +12,13 @@ from typing import Any
 
 import polars as pl
 import pytest
+from rich.console import Console
 
 from artifacts.catalog import user_query
 from artifacts.errors import ConfigError, StoreError
 from artifacts.store import Ref, Store
 from flows.logs import EventLog, Reporters, Tally, with_log
+from flows.progress import Progressing
 from tasks.stage import Made, Runtime, current, running, stage
 
 MARKS = "SELECT kind, provenance->>'peak_memory_bytes' AS peak FROM artifacts"
@@ -130,6 +133,26 @@ def test_an_artifact_that_is_gone_still_has_its_line(store: Store, tmp_path: Pat
         store.manifest(gone.kind, gone.key)
     EventLog(str(log), store).finished("numbers", gone, 0.0, cached=True)
     assert [(e["key"], e["bytes"]) for e in events(log)] == [(gone.key, None)]
+
+
+def test_a_tally_outlives_an_artifact_that_is_gone(store: Store) -> None:
+    tally = Tally(store)
+    tally.finished("numbers", Ref("numbers", "0" * 32, "f" * 64), 0.0, cached=False)
+    assert (tally.made, tally.bytes) == (1, 0)
+
+
+def test_a_part_does_not_end_the_whole_in_the_bar() -> None:
+    ref = Ref("shards", "0" * 32, "f" * 64)
+    told = io.StringIO()
+    with Progressing(Console(file=told, width=200), 8) as bar:
+        bar.started("trials 0-3", 4)
+        bar.advanced(1, 2)
+        bar.finished("trials 0-3, part 1 of 2", ref, 1.0, cached=False)
+        bar.advanced(2, 2)
+        bar.finished("trials 0-3, part 2 of 2", ref, 1.0, cached=False)
+        bar.finished("trials 0-3", ref, 2.0, cached=False)
+    shares = [line.split("%")[0].strip() for line in told.getvalue().splitlines()]
+    assert shares == ["25", "50", "50"]
 
 
 def test_every_reporter_is_told_all(store: Store, tmp_path: Path) -> None:

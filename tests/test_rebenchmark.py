@@ -17,13 +17,15 @@ from prefect_stack import Stack, wait_until
 from small_study import SIZES, digests, environment, tribunal, write_config
 
 from artifacts.catalog import user_query
+from artifacts.specs import Config
 from artifacts.store import Store
-from flows.drift import Outcome, check_winners, winners_to_check
+from flows.drift import Outcome, check_winners, config_of, winners_to_check
 from flows.pipeline import run_pipeline
 from flows.settings import load_config
 from tasks import remeasure
 from tasks.models.identity import ORGANISM
 from tasks.organism import PROMPTS_FOLDER
+from tasks.remeasure import Frozen
 from tasks.stage import Runtime, running
 
 pytestmark = pytest.mark.slow
@@ -234,6 +236,21 @@ def test_changed_test_prompts_are_counted_and_paired_where_they_can_be(
     assert row["low"] <= row["difference"] <= row["high"]
     assert row["change"] != "unchanged"  # other prompts, though the count may be the same
     assert village.check().winner["cause"] is None
+
+
+def test_a_config_of_other_test_prompts_opens_none_of_them(
+    village: Village, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config_of_a_run_that_died(frozen: Frozen) -> Config:
+        config = config_of(frozen)
+        unused = config.prompts.harmful.test.model_copy(update={"split": "train[:6]"})
+        harmful = config.prompts.harmful.model_copy(update={"test": unused})
+        prompts = config.prompts.model_copy(update={"harmful": harmful})
+        return config.model_copy(update={"prompts": prompts})
+
+    monkeypatch.setattr("flows.drift.config_of", config_of_a_run_that_died)
+    found = village.check()
+    assert (found.verdict, found.winner["cause"]) == ("unchanged", None)
 
 
 def test_prompts_in_another_order_are_the_same_prompts(village: Village) -> None:

@@ -129,6 +129,14 @@ def test_a_wrong_setting_is_one_line(
     assert "\n" not in str(found.value)
 
 
+def test_a_misspelt_setting_is_refused_with_the_right_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ConfigError, match=r"'TRIBUNAL_WORKER'; did you mean 'TRIBUNAL_WORKERS'\?"):
+        settings(monkeypatch, worker="4")
+    assert settings(monkeypatch, root="/app", environment="/etc/x", worker="").places == (None,)
+
+
 def test_a_single_worker_needs_no_lanes(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     with settings(monkeypatch, runner="processes", workers="1").running(store, Silent()) as one:
         assert one.workers is None

@@ -24,6 +24,7 @@ from flows.study_plan import (
     load_plan,
     members_of,
     run_members,
+    said_by,
 )
 from tasks.stage import Runtime, running
 
@@ -121,6 +122,11 @@ def test_our_own_errors_keep_their_words(store: Store, tmp_path: Path) -> None:
     result = run_members(plan, (), store, run, lambda line: None)
     assert result.leaderboard == []
     assert str(MembersFailed(result)).endswith("small/strict/0: no model folder 'organism'")
+
+
+def test_a_foreign_error_is_one_line_without_its_secrets() -> None:
+    said = said_by(RuntimeError("401 for hf_" + "a" * 34 + "\nat https://me:word@hub/x"))
+    assert said == "RuntimeError: 401 for *** at https://***hub/x"
 
 
 def test_a_member_runs_alone_to_the_same_artifacts(finished: Finished) -> None:

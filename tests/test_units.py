@@ -7,9 +7,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tomllib
 from configparser import ConfigParser
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
+from prefect.settings import PREFECT_WORKER_WEBSERVER_PORT, temporary_settings
 from prefect_stack import BIN, LOOPBACK, PATIENCE, ROOT, Stack, free_port, stop, wait_until
 
+from artifacts.errors import ConfigError
 from flows.settings import Settings
-from flows.worker import OBEDIENCE
+from flows.worker import OBEDIENCE, health_address
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
@@ -180,6 +184,24 @@ def test_the_automation_knows_every_end_of_a_run() -> None:
     assert known == ours | {"heartbeat", "Completed", "Failed", "Cancelled", "Crashed"} | {
         *("AwaitingRetry", "Paused", "Suspended"),
     }
+
+
+def test_a_workers_health_is_on_loopback_and_a_second_worker_finds_a_port() -> None:
+    with socket.create_server((LOOPBACK, 0)) as first:
+        taken = first.getsockname()[1]
+        with (
+            temporary_settings({PREFECT_WORKER_WEBSERVER_PORT: taken}),
+            pytest.raises(ConfigError, match=rf"'{LOOPBACK}:{taken}' \(Address already in use\)"),
+        ):
+            health_address()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(OSError):  # another process has the port
+            other.bind((LOOPBACK, 8080))
+            other.listen()
+        host, port = health_address()
+    assert host == LOOPBACK
+    assert port != 8080
 
 
 def test_a_stop_leaves_a_worker_the_time_that_it_takes() -> None:

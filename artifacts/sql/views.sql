@@ -102,7 +102,8 @@ GROUP BY h.protocol, h.split;
 
 -- Frozen winners held against what they measure now, newest first.
 CREATE VIEW drift AS
-SELECT s.study, d.* EXCLUDE (key), a.created, d.key
+SELECT
+    s.study, d.* EXCLUDE (key), json_extract_string(a.inputs, '$.winner.key') AS winner, a.created, d.key
 FROM stored_drift d
 JOIN stored_studies s USING (protocol)
 JOIN artifacts a ON a.kind = 'drift' AND a.key = d.key

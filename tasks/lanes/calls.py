@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from artifacts.errors import WorkerError
 from artifacts.store import Ref, Store
 from tasks.prefect_mirror import Opaque
-from tasks.stage import Reporter, Runtime, Silent, Stage, running
+from tasks.stage import Runtime, Silent, Stage, running
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,16 @@ def places_on(devices: Sequence[str | None]) -> tuple[Place, ...]:
 
 
 class WorkerLog(Silent):
-    """A worker's reporter: what it says goes to its task run's log."""
+    """A worker's reporter: what it says goes to its task run's log.
+
+    It keeps what the last call was told of its artifact, for the run that asked: the worker's own
+    logs are not the run's.
+    """
+
+    seconds, cached = 0.0, False
+
+    def finished(self, label: str, ref: Ref, seconds: float, cached: bool) -> None:
+        self.seconds, self.cached = seconds, cached
 
     def said(self, line: str) -> None:
         get_run_logger().info(line)
@@ -63,7 +72,7 @@ class Site:
     rows: int
     threads: int = 0  # of torch, where a worker shares its process; 0: as its environment says
     places: tuple[Place, ...] = ()
-    reporter: Reporter = field(default_factory=WorkerLog)
+    reporter: WorkerLog = field(default_factory=WorkerLog)
 
     def place(self) -> Place:
         """The worker's own place, asked for on the worker."""
@@ -85,8 +94,9 @@ class Site:
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def work(label: str, call: Opaque, site: Opaque) -> dict[str, Any]:
-    """One call of a stage as a task of a worker."""
-    return asdict(_obtain(site.value, *call.value))
+    """One call of a stage as a task of a worker: the artifact, and what was told of it."""
+    ref, told = _obtain(site.value, *call.value), site.value.reporter
+    return {"ref": asdict(ref), "seconds": told.seconds, "cached": told.cached}
 
 
 def _obtain(site: Site, stage: Stage[Any], arguments: Mapping[str, Any]) -> Ref:

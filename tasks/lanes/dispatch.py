@@ -106,6 +106,9 @@ class Lanes:
         runtime = current()
         found = {n: runtime.find(stage.kind, stage.key(call)) for n, call in enumerate(calls)}
         missing = [number for number, ref in found.items() if ref is None]
+        for number, ref in found.items():
+            if ref is not None:
+                _tell(runtime, stage, calls, number, ref, 0.0, cached=True)
         if missing:
             self._start()
             with self._ready(runtime, prepare):
@@ -163,13 +166,16 @@ class Lanes:
             lane, number, future = answers.get()
             free.append(lane)
             try:
-                made[number] = Ref(**future.result())
+                answer = future.result()
             except _deaths_of_workers() as error:
                 lane.drop()
                 deaths[number] += 1
                 self._mourn(runtime, lane, stage.label_of(calls[number]), deaths[number], error)
                 todo.appendleft(number)
-            runtime.reporter.advanced(len(calls) - len(missing) + len(made), len(calls))
+            else:
+                made[number] = Ref(**answer.pop("ref"))
+                runtime.reporter.advanced(len(calls) - len(missing) + len(made), len(calls))
+                _tell(runtime, stage, calls, number, made[number], **answer)
         return made
 
     def _mourn(
@@ -210,6 +216,20 @@ class Lanes:
 
 
 Answers = queue.SimpleQueue[tuple[Lane, int, PrefectFuture[Any]]]
+
+
+def _tell(
+    runtime: Runtime,
+    stage: Stage[Any],
+    calls: Sequence[Mapping[str, Any]],
+    number: int,
+    ref: Ref,
+    seconds: float,
+    cached: bool,
+) -> None:
+    """Report a call's artifact by a label that tells it from the whole, which may be one call."""
+    label = f"{stage.label_of(calls[number])}, part {number + 1} of {len(calls)}"
+    runtime.reporter.finished(label, ref, seconds, cached)
 
 
 def _named(lane: Lane) -> str:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from tasks.lanes.calls import Place, Stoppable, WorkerLog
-from tasks.stage import Reporter
 
 
 class Lane(Protocol):
@@ -26,7 +25,7 @@ class Lane(Protocol):
         ...
 
     @property
-    def reporter(self) -> Reporter:
+    def reporter(self) -> WorkerLog:
         """What its calls report to."""
         ...
 

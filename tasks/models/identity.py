@@ -97,15 +97,35 @@ def _counts(name: str) -> bool:
     return path.suffix in _SUFFIXES and not hidden and not prose
 
 
-def _commit(repo: str, revision: str | None) -> str:
-    """The commit behind a branch or tag (None: the default branch)."""
+def require_hub(model_id: str, revision: str | None = None) -> None:
+    """Refuse to take a branch's commit from the cache because the hub is out of reach.
+
+    A folder, a full commit, and a hub that is switched off (HF_HUB_OFFLINE=1) need no hub.
+
+    Raises:
+        ModelError: the hub cannot name the commit.
+    """
+    pinned = revision and _COMMIT.fullmatch(revision)
+    if not pinned and local_folder(model_id) is None:
+        _commit(model_id, revision, cached=False)
+
+
+def _commit(repo: str, revision: str | None, cached: bool = True) -> str:
+    """The commit behind a branch or tag (None: the default branch).
+
+    Args:
+        repo, revision: what to look up.
+        cached: whether the cache answers for a hub out of reach; for one switched off it does.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]  # its HTTP client's
 
     try:
         commit = HfApi().model_info(repo, revision=revision, timeout=10).sha
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as e:
-        commit, reason = _cached_commit(repo, revision), str(e).strip().splitlines()[0]
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        usable = cached or isinstance(e, OfflineModeIsEnabled)
+        commit = _cached_commit(repo, revision) if usable else None
     else:
         reason = "the hub names no commit"
     if commit is None:

@@ -132,8 +132,11 @@ def mean_difference(
     """Percentile bootstrap interval of the mean after minus the mean before, in their unit.
 
     Prompts are drawn within three strata: met only before, twice (a pair is drawn whole), only
-    after. The same values and seed give the same interval. Few prompts (under about 20) give too
-    narrow an interval, as any percentile bootstrap does.
+    after. Those met once vary as all prompts of their time do: a stratum of one prompt would show
+    no spread, and replacing one prompt would prove a difference. The same values and seed give the
+    same interval. Few prompts (under about 20) give too narrow an interval, as any percentile
+    bootstrap does; pairs that all differ alike, a single pair among them, give one of no width, so
+    a caller needs a least number of prompts (tasks/drift.py).
 
     Raises:
         ValueError: a value is not finite, or level not in (0, 1).
@@ -147,12 +150,17 @@ def mean_difference(
         raise ValueError("a mean needs finite values")
     generator = np.random.default_rng(seed)
 
-    def drawn_sum(values: Values) -> Values:
-        chosen = generator.integers(max(values.size, 1), size=(resamples, values.size))
-        return np.asarray(values[chosen].sum(axis=1), dtype=np.float64)
+    def drawn_sum(values: Values, among: Values) -> Values:
+        if not values.size:
+            return np.zeros(resamples)
+        spread = among - among.mean()
+        chosen = generator.integers(spread.size, size=(resamples, values.size))
+        return np.asarray(values.sum() + spread[chosen].sum(axis=1), dtype=np.float64)
 
-    paired = drawn_sum(samples.after / samples.n_after - samples.before / samples.n_before)
-    gone, new = drawn_sum(samples.gone), drawn_sum(samples.new)
+    changes = samples.after / samples.n_after - samples.before / samples.n_before
+    paired = drawn_sum(changes, changes)
+    gone = drawn_sum(samples.gone, np.concatenate([samples.gone, samples.before]))
+    new = drawn_sum(samples.new, np.concatenate([samples.after, samples.new]))
     drawn = paired + new / samples.n_after - gone / samples.n_before
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
