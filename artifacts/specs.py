@@ -178,7 +178,7 @@ class SearchSpec(PresetSpec):
     """The search. `trials` says how far the chain goes and is not part of a study's identity."""
 
     preset: str = Field("strict", description="gives every field of the search that is left out")
-    trials: Annotated[int, Field(ge=1)] = 48
+    trials: Annotated[int, Field(ge=1, le=100_000)] = 48
     startup: Annotated[int, Field(ge=0)] = 16
     generation: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="trials asked at once")
     sampler: Literal["tpe", "random"] = "tpe"

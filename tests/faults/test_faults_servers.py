@@ -168,7 +168,12 @@ def test_a_server_that_is_not_there_is_one_line(store: Store, config: Path) -> N
 
 def flow_runs_on(store: Store) -> list[psutil.Process]:
     """Processes of Prefect flow runs that fill this store."""
-    return [p for p in processes_on(store) if "prefect.engine" in p.cmdline()]
+    found = []
+    for process in processes_on(store):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if "prefect.engine" in process.cmdline():
+                found.append(process)
+    return found
 
 
 class Study:
