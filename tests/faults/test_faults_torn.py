@@ -171,7 +171,7 @@ def assert_left_out(store: Store, kind: str, key: str) -> None:
 
 
 def assert_told(launcher: Launcher, store: Store, named: str) -> None:
-    """`verify` names the artifact and no other; a ranking comes without it or says why not."""
+    """`verify` names the artifact and no other; a ranking comes without it, which it says."""
     done = launcher.run(store, "store", "verify")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -179,8 +179,11 @@ def assert_told(launcher: Launcher, store: Store, named: str) -> None:
     assert len(lines) == 1
     assert named in lines[0]
     ranked = launcher.run(store, "rank")
+    warning = "tribunal: damaged artifacts left out: 1; see: tribunal store verify"
+    first, *rest = ranked.stderr.splitlines()
+    assert first == warning
     if ranked.returncode != 0:
-        one_line(ranked)
+        one_line(replace(ranked, stderr="\n".join(rest)))
 
 
 def corrupt(store: Store, dice: random.Random) -> str:
