@@ -70,7 +70,7 @@ LOADS_AND_SETS = [
     "INSTALL httpfs",
     "LOAD httpfs",
     "FORCE INSTALL spatial FROM community",
-    "LOAD '/tmp/x.duckdb_extension'",
+    "LOAD '{outside}.duckdb_extension'",
     "UPDATE EXTENSIONS",
     "SET memory_limit = '100GB'",
     "SET GLOBAL lock_configuration = false",
