@@ -10,7 +10,7 @@ decode well has prompt activations that no processor cache holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from artifacts.errors import ModelError
 from tasks.models.batching import by_length, pad_left, require_tokens
-from tasks.models.editing import Edit, applied
+from tasks.models.editing import Edit, Editor, applied
 from tasks.models.row_cache import RowCache, compaction, row_cache
 
 if TYPE_CHECKING:
@@ -29,6 +29,23 @@ Progress = Callable[[int, int], None]
 
 SLICE_TOKENS = 2048
 UNUSED = -1  # in the table of produced tokens: this row had ended before
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to decode: under which edit, after which tokens, of how many at most."""
+
+    edit: int
+    tokens: Sequence[int]
+    limit: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """New tokens without the end-of-sequence token, and whether there was one."""
+
+    tokens: list[int]
+    ended: bool
 
 
 @dataclass(frozen=True)
@@ -69,23 +86,31 @@ def decode(
         ModelError: an empty prompt, or logits that are not finite; names the prompt's index.
         ValueError: `rows` or `max_new_tokens` below 1.
     """
-    require_tokens(prompts, rows)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    require_tokens(prompts, rows)
     variants, vocabulary = max(len(edits), 1), loaded.model.config.get_text_config().vocab_size
     decoded = [
         Decoded([[] for _ in prompts], [False] * len(prompts), logits)
         for logits in torch.empty(variants, len(prompts), vocabulary)
     ]
+    pairs = [(variant, i) for (i,) in by_length(prompts, 1) for variant in range(variants)]
+    requests = [Request(variant, prompts[i], max_new_tokens) for variant, i in pairs]
     done = 0
     with torch.inference_mode(), _editing(loaded, edits) as editor:
-        for pairs in _batches(prompts, variants, rows):
-            batch = _Batch(loaded, editor if variants > 1 else None, prompts, pairs)
-            batch.run(max_new_tokens)
-            batch.write(decoded)
-            done += len(pairs)
+        for start in range(0, len(pairs), rows):
+            batch = Batch(loaded, editor if variants > 1 else None, requests[start : start + rows])
+            with _naming_prompts(pairs[start : start + rows], variants):
+                logits = batch.prefill()
+                responses = batch.run(logits)
+            places = zip(pairs[start : start + rows], responses, logits.float().cpu(), strict=True)
+            for (variant, index), response, first in places:
+                decoded[variant].tokens[index] = response.tokens
+                decoded[variant].ended[index] = response.ended
+                decoded[variant].first_logits[index] = first
+            done += len(responses)
             if on_progress is not None:
-                on_progress(done, variants * len(prompts))
+                on_progress(done, len(pairs))
     return decoded
 
 
@@ -101,67 +126,71 @@ def _editing(loaded: LoadedModel, edits: Sequence[Edit]) -> Any:
     return applied(loaded.anatomy, edits) if edits else nullcontext()
 
 
-def _batches(
-    prompts: Sequence[Sequence[int]], variants: int, rows: int
-) -> Iterator[list[tuple[int, int]]]:
-    """(edit, prompt) pairs, shortest prompts first, one prompt's edits side by side."""
-    pairs = [(variant, i) for (i,) in by_length(prompts, 1) for variant in range(variants)]
-    for start in range(0, len(pairs), rows):
-        yield pairs[start : start + rows]
+class NotFinite(Exception):
+    """Logits of a row are not finite: its place in its batch and the new token's number."""
+
+    def __init__(self, row: int, step: int) -> None:
+        super().__init__(row, step)
+        self.row, self.step = row, step
 
 
-class _Batch:
-    """(edit, prompt) pairs decoded together, from prompt to last token.
+@contextmanager
+def _naming_prompts(pairs: Sequence[tuple[int, int]], variants: int) -> Iterator[None]:
+    try:
+        yield
+    except NotFinite as error:
+        variant, index = pairs[error.row]
+        raise not_finite(index, error.step, variant if variants > 1 else None) from error
 
-    Row i of every per-row tensor belongs to pair `order[i]`; rows change place when one leaves.
+
+def not_finite(prompt: int, step: int, edit: int | None = None) -> ModelError:
+    """The error of logits that are not finite."""
+    return ModelError(
+        f"logits of prompt {prompt} are not finite at new token {step}"
+        + (f" under edit {edit}" if edit is not None else "")
+        + "; try dtype 'float32' or a smaller edit"
+    )
+
+
+class Batch:
+    """Requests decoded together, from prompt to last token.
+
+    Row i of every per-row tensor belongs to request `order[i]`; rows change place when one leaves.
+    Prompts lie right-aligned in `width` places, apart from `front` tokens that all share, which
+    lie at the left.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        editor: Any,
-        prompts: Sequence[Sequence[int]],
-        pairs: Sequence[tuple[int, int]],
+        editor: Editor | None,
+        requests: Sequence[Request],
+        *,
+        width: int | None = None,
+        front: int = 0,
     ) -> None:
-        self.loaded, self.editor, self.pairs = loaded, editor, pairs
-        self.prompts = [prompts[index] for _, index in pairs]
-        self.variants = torch.tensor([variant for variant, _ in pairs], device=loaded.device)
-        self.eos = torch.tensor(eos_ids(loaded), device=loaded.device)
-        self.order = torch.arange(len(pairs), device=loaded.device)
+        self.loaded, self.editor = loaded, editor
+        self.prompts = [request.tokens for request in requests]
+        self.width = width or max(map(len, self.prompts))
+        limits = [request.limit for request in requests]
+        self.room = max(limits)
+        self.limits = self._tensor(limits)
+        self.variants = self._tensor([request.edit for request in requests])
+        self.positions = self._tensor([len(prompt) for prompt in self.prompts])[:, None]
+        self.order = torch.arange(len(requests), device=loaded.device)
+        self.eos = self._tensor(eos_ids(loaded))
+        self.produced = self.order.new_full((len(requests), self.room), UNUSED)
+        places = torch.arange(self.width + self.room, device=loaded.device)
+        self.mask = prompt_mask(places, self.positions, self.width, front)
 
-    def run(self, max_new_tokens: int) -> None:
-        """Prefill, then one forward pass per token until every row has ended."""
-        logits = self._prefill(max_new_tokens)
-        self.first_logits = logits.float().cpu()
-        self.produced = self.order.new_full((len(self.pairs), max_new_tokens), UNUSED)
-        for step in range(max_new_tokens):
-            best, tokens = logits.max(-1)
-            self._require_finite(best, step)
-            self.produced[self.order, step] = tokens
-            tokens = self._drop_ended(tokens)
-            if not len(tokens) or step + 1 == max_new_tokens:
-                return
-            logits = self._next_logits(tokens)
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.loaded.device)
 
-    def write(self, decoded: Sequence[Decoded]) -> None:
-        """Put this batch's answers where they belong."""
-        eos = set(self.eos.tolist())
-        for (variant, index), row, logits in zip(
-            self.pairs, self.produced.tolist(), self.first_logits, strict=True
-        ):
-            tokens = [token for token in row if token != UNUSED]
-            ended = tokens[-1] in eos
-            decoded[variant].tokens[index] = tokens[:-1] if ended else tokens
-            decoded[variant].ended[index] = ended
-            decoded[variant].first_logits[index] = logits
-
-    def _prefill(self, new_tokens: int) -> Tensor:
+    def prefill(self) -> Tensor:
         """Fill the cache; return the logits [rows, vocabulary] that follow the prompts."""
-        width = max(map(len, self.prompts))
-        config = self.loaded.model.config
-        self.cache = row_cache(config, len(self.prompts), width, new_tokens)
+        self.cache = row_cache(self.loaded.model.config, len(self.prompts), self.width, self.room)
         sliced = isinstance(self.cache, RowCache)
-        step = max(SLICE_TOKENS // width, 1) if sliced else len(self.prompts)
+        step = max(SLICE_TOKENS // self.width, 1) if sliced else len(self.prompts)
         parts = []
         for first in range(0, len(self.prompts), step):
             if sliced:
@@ -170,17 +199,26 @@ class _Batch:
         if sliced:
             self.cache.end_prefill()
         self._carry(self.variants)
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts])
-        self.positions = lengths[:, None].to(self.loaded.device)
-        self.width = width
-        places = torch.arange(width + new_tokens)
-        self.mask = (places >= width - lengths[:, None]).long().to(self.loaded.device)
         return torch.cat(parts)
 
-    def _prefill_slice(self, first: int, end: int) -> Tensor:
-        ids, mask, positions = pad_left(self.prompts[first:end], self.loaded.device)
-        self._carry(self.variants[first:end])
-        return self._forward(ids, mask, positions)
+    def run(self, logits: Tensor) -> list[Response]:
+        """One forward pass per token until every row has ended; responses by request."""
+        return self._run(self._best(logits, 0))
+
+    def resume(self, cache: RowCache, tokens: Tensor) -> list[Response]:
+        """The same, from the prompts' keys and values and the first token of each response."""
+        self.cache = cache
+        self._carry(self.variants)
+        return self._run(tokens)
+
+    def _run(self, tokens: Tensor) -> list[Response]:
+        for step in range(self.room):
+            self.produced[self.order, step] = tokens
+            tokens = self._drop_ended(tokens, step)
+            if not len(tokens):
+                break
+            tokens = self._best(self._next_logits(tokens), step + 1)
+        return self._responses()
 
     def _next_logits(self, tokens: Tensor) -> Tensor:
         """Append one token per live row; return the logits that follow, [live rows, vocabulary]."""
@@ -189,6 +227,20 @@ class _Batch:
         logits = self._forward(tokens[:, None], mask, self.positions)
         self.positions += 1
         return logits
+
+    def _responses(self) -> list[Response]:
+        """What every request was answered, in the requests' order."""
+        eos, found = set(self.eos.tolist()), []
+        for row in self.produced.tolist():
+            tokens = [token for token in row if token != UNUSED]
+            ended = tokens[-1] in eos
+            found.append(Response(tokens[:-1] if ended else tokens, ended))
+        return found
+
+    def _prefill_slice(self, first: int, end: int) -> Tensor:
+        ids, mask, positions = pad_left(self.prompts[first:end], self.loaded.device)
+        self._carry(self.variants[first:end])
+        return self._forward(ids, mask, positions)
 
     def _carry(self, variants: Tensor) -> None:
         """Tell the hooks which edit each row of the coming forward passes carries."""
@@ -207,9 +259,9 @@ class _Batch:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _drop_ended(self, tokens: Tensor) -> Tensor:
-        """Forget rows whose token ends the response; return the tokens of those that go on."""
-        alive = ~torch.isin(tokens, self.eos)
+    def _drop_ended(self, tokens: Tensor, step: int) -> Tensor:
+        """Forget rows that are at their end; return the tokens of those that go on."""
+        alive = ~torch.isin(tokens, self.eos) & (self.limits > step + 1)
         if bool(alive.all()):
             return tokens
         keep = compaction(alive)
@@ -218,18 +270,19 @@ class _Batch:
         self.cache.reorder_cache(keep)
         self.order, self.variants = self.order[keep], self.variants[keep]
         self.positions, self.mask = self.positions[keep], self.mask[keep]
+        self.limits = self.limits[keep]
         self._carry(self.variants)
         return tokens[keep]
 
-    def _require_finite(self, best: Tensor, step: int) -> None:
-        """The largest logit is NaN if any is, so looking at it alone is enough."""
+    def _best(self, logits: Tensor, step: int) -> Tensor:
+        """The most likely token of each live row. The largest logit is NaN if any is."""
+        best, tokens = logits.max(-1)
         finite = torch.isfinite(best)
-        if bool(finite.all()):
-            return
-        row = int(self.order[int((~finite).nonzero()[0])])
-        variant, index = self.pairs[row]
-        raise ModelError(
-            f"logits of prompt {index} are not finite at new token {step}"
-            + (f" under edit {variant}" if self.editor is not None else "")
-            + "; try dtype 'float32' or a smaller edit"
-        )
+        if not bool(finite.all()):
+            raise NotFinite(int(self.order[int((~finite).nonzero()[0])]), step)
+        return tokens
+
+
+def prompt_mask(places: Tensor, lengths: Tensor, width: int, front: int) -> Tensor:
+    """Which places a row attends to, int64 [rows, places]: its prompt, and all from `width` on."""
+    return ((places < front) | (places >= width - (lengths - front))).long()

@@ -1,0 +1,42 @@
+"""Stored responses as drafts: what a prompt was answered before.
+
+Trials of a study answer much alike, so what one of them said is a good guess at what the next one
+will say. A guess is only ever verified, never trusted: it changes cost and no token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+MOST = 16  # responses of a prompt that are looked at
+
+
+class Drafts:
+    """Known responses by prompt, an end-of-sequence token included where there was one."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Counter[tuple[int, ...]]] = {}
+        self.hit_rate = 1.0
+
+    def learn(self, responses: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Add (prompt, tokens) of one generation; note how many of them were known before."""
+        found, hits = [(prompt, tuple(tokens)) for prompt, tokens in responses], 0
+        for prompt, tokens in found:
+            hits += tokens in self._known.get(prompt, ())
+        for prompt, tokens in found:
+            if tokens:
+                self._known.setdefault(prompt, Counter())[tokens] += 1
+        if found:
+            self.hit_rate = hits / len(found)
+
+    def match(self, prompt: int, begun: Sequence[int]) -> tuple[int, ...] | None:
+        """The most frequent known response that goes on from `begun`; ties: the oldest."""
+        start, length = tuple(begun), len(begun)
+        for tokens, _ in self._known.get(prompt, _NONE).most_common(MOST):
+            if len(tokens) > length and tokens[:length] == start:
+                return tokens
+        return None
+
+
+_NONE: Counter[tuple[int, ...]] = Counter()
