@@ -204,6 +204,17 @@ def lfm2_with_biases() -> Any:
     return _randomized(lambda: _make("Lfm2", _SHAPE, **_LFM2, conv_bias=True), 0)
 
 
+def gpt_oss_in_blocks() -> Any:
+    """A model whose experts' inputs come in blocks of 32, as MXFP4 stores them."""
+    return _randomized(lambda: _make("GptOss", _GPT_OSS | {"intermediate_size": 64}), 0)
+
+
+def qwen35_with_eyes() -> Any:
+    """A multimodal model whose text tower transformers can load alone."""
+    config = transformers.Qwen3_5Config(text_config=_QWEN35, vision_config=_QWEN_EYE)
+    return _randomized(lambda: transformers.Qwen3_5ForConditionalGeneration(config), 0)
+
+
 def _randomized(make: Callable[[], Any], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -50,10 +50,15 @@ class Writer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight [d, inputs] in floating point; a quantised one is dequantised."""
+        """The weight [d, inputs] in floating point; one that bitsandbytes packed is unpacked.
+
+        Raises ModelError for weights packed otherwise.
+        """
         stored = self._stored
         if not self.quantized:
             return stored.detach()
+        if not hasattr(stored, "quant_state"):
+            raise self._packed()
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         dense: Tensor = dequantize_bnb_weight(stored, getattr(self.module, "state", None))
@@ -62,16 +67,24 @@ class Writer:
     @property
     def quantized(self) -> bool:
         """Whether the weight is stored packed, so that it can be read but not written."""
-        return hasattr(self._stored, "quant_state") or not self._stored.is_floating_point()
+        stored = self._stored
+        floating = stored.is_floating_point() and stored.dtype.itemsize > 1  # not one of FP8
+        return hasattr(stored, "quant_state") or not floating
 
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
         return self._stored.device
 
+    def _packed(self) -> ModelError:
+        return ModelError(
+            f"module '{type(self.module).__name__}' holds weights of {self._stored.dtype} that "
+            "cannot be read; use a checkpoint in bfloat16"
+        )
+
     @property
     def _stored(self) -> Tensor:
-        weight = self.module.weight
+        weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor):
             raise ModelError(f"module '{type(self.module).__name__}' has no weight to edit")
         return weight
@@ -119,10 +132,7 @@ class Experts(Writer):
     def weight(self) -> Tensor:
         """The weights [experts, d, inputs], a view; ModelError for packed ones."""
         if self.quantized:
-            raise ModelError(
-                f"module '{type(self.module).__name__}' stores its experts packed; "
-                "load the model with quantization 'none'"
-            )
+            raise self._packed()
         stored = self._stored.detach()
         return stored.mT if self.transposed else stored
 

@@ -107,15 +107,16 @@ class Hook:
 
     @property
     def _edits(self) -> Tensor:
-        """The edit of each row, [rows, 1, 1]."""
+        """The edit of each row, [rows]."""
         if self._rows is None:
             count = len(self.terms.read)
             raise ValueError(f"{count} edits are applied but no row says which it carries")
-        return self._rows[:, None, None]
+        return self._rows
 
-    def _by_row(self, flat: Tensor) -> Tensor:
+    def _by_row(self, values: Tensor) -> Tensor:
         """[rows, tokens, n] of that or of [rows * tokens, n]."""
-        return flat.reshape(len(self._edits), -1, flat.shape[-1])
+        rows = len(self._edits)
+        return values if values.dim() == 3 else values.reshape(rows, -1, values.shape[-1])
 
 
 class SummedHook(Hook):
@@ -132,7 +133,7 @@ class SummedHook(Hook):
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The edited sum [rows * tokens, d], in the output's dtype."""
         _, index, weights = (self._by_row(arg) for arg in _call(module, args))
-        unread = (self.of_bias[self._edits, index] * weights).sum(-1, keepdim=True)
+        unread = (self.of_bias[self._edits[:, None, None], index] * weights).sum(-1, keepdim=True)
         edited = self._of_rows(self._by_row(output.float())) - unread * self._of_rows.write
         return edited.view(output.shape).to(output.dtype)
 
@@ -156,7 +157,9 @@ class EachHook(Hook):
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The edited sum [rows * tokens, d] of what the pairs give, in their dtype."""
         index, weights = self._by_row(self._index), self._by_row(self._weights)
-        of_pairs = self.terms.of(self._edits, index).shared(weights[..., None].float())
+        of_pairs = self.terms.of(self._edits[:, None, None], index).shared(
+            weights[..., None].float()
+        )
         edited = of_pairs(output.float().view(*index.shape, -1)).sum(-2)
         return edited.view(len(self._index), -1).to(output.dtype)
 
