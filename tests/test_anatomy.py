@@ -440,3 +440,12 @@ def test_quantised_weights_are_not_baked_and_nothing_else_is_either() -> None:
     with pytest.raises(ModelError, match="layer 2, mlp_down_proj: a quantised weight"):
         recipe().bake(body)
     assert torch.equal(logits(model, tokens), before)
+
+
+def test_packed_weights_that_cannot_be_read_are_named() -> None:
+    _, body = unedited("llama")
+    spoilt = replace(body, writers=[dict.fromkeys(COMPONENTS, Writer(PackedLinear()))] * LAYERS)
+    with pytest.raises(
+        ModelError, match=r"'PackedLinear' holds weights of torch.uint8 that cannot"
+    ):
+        recipe(normalization="pre").build(spoilt)

@@ -26,7 +26,7 @@ from toy_tokenizer import toy_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from artifacts.errors import ModelError
-from tasks.models.anatomy import COMPONENTS
+from tasks.models.anatomy import COMPONENTS, anatomy
 from tasks.models.baking import bake
 from tasks.models.decoding import decode, eos_ids
 from tasks.models.editing import applied, build_edit
@@ -185,6 +185,28 @@ def test_a_checkpoint_in_mxfp4_is_unpacked(folder: Path) -> None:
     assert set((writer.weight.float().abs() * 8).unique().tolist()) == table
     with pytest.raises(ModelError, match=r"stored in mxfp4 .*quantization = 'none'"):
         load(str(folder), device="cpu", quantization="bnb-4bit")
+
+
+def test_a_checkpoint_in_fp8_is_unpacked(folder: Path) -> None:
+    """As DeepSeek publishes: float8 weights, one scale for each block of them."""
+    state = load_file(folder / "model.safetensors")
+    for key in [key for key in state if ".layers." in key and state[key].dim() == 2]:
+        shape = state[key].shape
+        scales = torch.full((shape[0] // 16, shape[1] // 16), 0.5)
+        state[f"{key}_scale_inv"] = scales
+        state[key] = (state[key] * 2).to(torch.float8_e4m3fn)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    held = load(str(folder), device="cpu")
+    tokens = token_ids()
+    exact = tiny_model("llama")
+    for writers, others in zip(held.anatomy.writers, anatomy(exact).writers, strict=True):
+        for component in COMPONENTS:
+            found, expected = writers[component].weight.float(), others[component].weight
+            assert (found - expected).abs().max() < 0.07 * expected.abs().max()
+    assert (held.model(tokens).logits - exact(tokens).logits).abs().mean() < 0.2
 
 
 def test_pickled_weights_are_not_loaded(folder: Path) -> None:

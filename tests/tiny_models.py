@@ -130,6 +130,7 @@ _MODELS: dict[str, Callable[[], Any]] = {
     "qwen3-moe": lambda: _make("Qwen3Moe", _MOE, head_dim=8, mlp_only_layers=[0]),
     "mixtral": lambda: _make("Mixtral", _MOE),
     "olmoe": lambda: _make("Olmoe", _MOE),
+    "phimoe": lambda: _make("Phimoe", _MOE, attention_bias=True),
     "flex-olmo": lambda: _make("FlexOlmo", _MOE),
     "deepseek-v3": lambda: _make("DeepseekV3", _DEEPSEEK | _LATENT),
     "glm4-moe": lambda: _make("Glm4Moe", _DEEPSEEK, head_dim=8),
@@ -161,6 +162,12 @@ _MODELS: dict[str, Callable[[], Any]] = {
             vision_config=_QWEN_EYE | {"deepstack_visual_indexes": [0]},
         )
     ),
+    "qwen3-vl-moe": lambda: transformers.Qwen3VLMoeForConditionalGeneration(
+        transformers.Qwen3VLMoeConfig(
+            text_config=_MOE | _ROPE3 | {"head_dim": 8},
+            vision_config=_QWEN_EYE | {"deepstack_visual_indexes": [0]},
+        )
+    ),
     "olmo2": lambda: _make("Olmo2", _SHAPE),
     "falcon": lambda: _make("Falcon", _FALCON, parallel_attn=False, multi_query=False, bias=True),
     "falcon-parallel": lambda: _make("Falcon", _FALCON, parallel_attn=True, multi_query=True),
@@ -185,13 +192,15 @@ MIXTURES = (
     "qwen3-moe",
     "mixtral",
     "olmoe",
+    "phimoe",
+    "qwen3-vl-moe",
     "flex-olmo",
     "deepseek-v3",
     "glm4-moe",
     "gpt-oss",
     "lfm2-moe",
 )
-BIASED = ("llama-bias", "gpt-oss", "falcon", "gptj", "gptneox", "gptneox-sequential")
+BIASED = ("llama-bias", "gpt-oss", "phimoe", "falcon", "gptj", "gptneox", "gptneox-sequential")
 
 
 def tiny_model(name: str, seed: int = 0) -> Any:

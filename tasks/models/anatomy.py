@@ -57,7 +57,7 @@ class Writer:
         stored = self._stored
         if not self.quantized:
             return stored.detach()
-        if not hasattr(stored, "quant_state"):
+        if not (hasattr(stored, "quant_state") or hasattr(stored, "SCB")):  # of 4 and of 8 bits
             raise self._packed()
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -234,6 +234,7 @@ _TABLE: Mapping[str, _Row] = {
     "Qwen3MoeForCausalLM": _MIXTRAL,
     "MixtralForCausalLM": _MIXTRAL,
     "OlmoeForCausalLM": _MIXTRAL,
+    "PhimoeForCausalLM": _MIXTRAL,
     "FlexOlmoForCausalLM": replace(_OLMO2, experts="mlp.experts"),
     "DeepseekV3ForCausalLM": _DEEPSEEK,
     "Glm4MoeForCausalLM": _DEEPSEEK,
@@ -243,6 +244,7 @@ _TABLE: Mapping[str, _Row] = {
     "Mistral3ForConditionalGeneration": _VISION,
     "Qwen2_5_VLForConditionalGeneration": _VISION,
     "Qwen3VLForConditionalGeneration": _VISION,
+    "Qwen3VLMoeForConditionalGeneration": replace(_VISION, experts="mlp.experts"),
     "Phi3ForCausalLM": _LLAMA,
     "StableLmForCausalLM": _LLAMA,
     "Gemma2ForCausalLM": _GEMMA,
