@@ -10,11 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BIASED, HIDDEN, LAYERS, NAMES, NORMED, tiny_model, token_ids
+from tiny_models import (
+    BIASED,
+    HIDDEN,
+    LAYERS,
+    MIXTURES,
+    NAMES,
+    NORMED,
+    lfm2_with_biases,
+    tiny_model,
+    token_ids,
+)
 from torch import Tensor, nn
 
 from artifacts.errors import ModelError
-from tasks.models.anatomy import COMPONENTS, SUPPORTED, Anatomy, anatomy, hidden
+from tasks.models.anatomy import COMPONENTS, SUPPORTED, Anatomy, Experts, Writer, anatomy, hidden
 from tasks.models.baking import bake
 from tasks.models.editing import Edit, Frame, applied, build_edit
 from tasks.numerics.edit import RowNormalization
@@ -84,7 +94,17 @@ def test_every_architecture_has_a_row(name: str) -> None:
     assert body.embedding is model.get_input_embeddings()
     for writers in body.writers:
         assert tuple(writers) == COMPONENTS
-        assert all(writer.weight.shape[0] == HIDDEN for writer in writers.values())
+        for part in (part for writer in writers.values() for part in writer.parts):
+            assert part.weight.shape[-2] == HIDDEN
+            assert all(matrix.shape == part.weight.shape[-2:] for matrix in part.matrices)
+
+
+@every_model
+def test_a_mixture_is_one_writer_of_many_matrices(name: str) -> None:
+    writers = [layer["mlp_down_proj"] for layer in unedited(name)[1].writers]
+    mixtures = [writer for writer in writers if isinstance(writer, Experts)]
+    assert bool(mixtures) == (name in MIXTURES)
+    assert all(len(writer.matrices) == 4 for writer in mixtures)
 
 
 def test_every_row_has_a_tiny_model() -> None:
@@ -103,6 +123,21 @@ def test_an_unknown_architecture_is_named_with_the_known_ones() -> None:
         anatomy(nn.Linear(2, 2))
 
 
+def test_an_lfm_whose_padding_would_leak_is_refused() -> None:
+    with pytest.raises(ModelError, match="'Lfm2ForCausalLM' with conv_bias = true is not"):
+        anatomy(lfm2_with_biases())
+
+
+def test_it_would_leak() -> None:
+    """The refusal's reason: a masked token before the prompt changes the logits after it."""
+    model, tokens = lfm2_with_biases(), token_ids(rows=1)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), tokens], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
+    with torch.inference_mode():
+        beside = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    assert (beside.logits[:, -1] - logits(model, tokens)[:, -1]).abs().max() > 1e-3
+
+
 @contextmanager
 def recording(body: Anatomy) -> Iterator[tuple[list[Tensor], dict[tuple[int, str], Tensor]]]:
     """States 0..L, and what each writer adds to the stream, of the passes made inside."""
@@ -111,7 +146,7 @@ def recording(body: Anatomy) -> Iterator[tuple[list[Tensor], dict[tuple[int, str
 
     def keep(place: tuple[int, str]) -> Any:
         # cloned: a parallel Falcon layer adds the attention's output to the MLP's in place
-        return lambda module, args, output: added.__setitem__(place, output.clone())
+        return lambda module, args, output: added.__setitem__(place, hidden(output).clone())
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
@@ -120,13 +155,23 @@ def recording(body: Anatomy) -> Iterator[tuple[list[Tensor], dict[tuple[int, str
     for index, layer in enumerate(body.layers):
         handles.append(layer.register_forward_hook(lambda m, a, out: states.append(hidden(out))))
         for component, writer in body.writers[index].items():
-            source = writer.module if writer.norm is None else writer.norm
+            source = joins(layer, writer)
             handles.append(source.register_forward_hook(keep((index, component))))
     try:
         yield states, added
     finally:
         for handle in handles:
             handle.remove()
+
+
+def joins(layer: nn.Module, writer: Writer) -> nn.Module:
+    """The module whose output is added to the stream."""
+    if writer.norm is not None:
+        return writer.norm
+    if not isinstance(writer, Experts):
+        return writer.module
+    path = next(path for path, module in layer.named_modules() if module is writer.module)
+    return layer.get_submodule(path.rpartition(".")[0])
 
 
 @every_model
@@ -198,16 +243,44 @@ def test_the_module_frame_leaves_part_of_the_direction_in_the_stream(name: str) 
 
 
 def component_left(model: Any, body: Anatomy, chosen: Recipe) -> float:
-    """Largest |v.(what is added, less the bias)| / |what is added|, over layers and tokens."""
-    with applied(body, [chosen.build(body)]), recording(body) as (_, added):
+    """Largest |v.(what is added, less the biases)| / |what is added|, over layers and tokens."""
+    edited = applied(body, [chosen.build(body)])
+    with edited, recording(body) as (_, added), biases(body) as of_experts:
         logits(model, token_ids())
     shares: list[float] = []
     for (layer, component), output in added.items():
         writer = body.writers[layer][component]
-        written = output if writer.norm is not None or writer.bias is None else output - writer.bias
+        written = output
+        if writer.norm is None and writer.bias is not None:
+            of_mixture = isinstance(writer, Experts)
+            bias = of_experts[layer].view(output.shape) if of_mixture else writer.bias
+            written = output - bias
         along = written @ chosen.vectors[component][layer]
         shares.append(float((along.abs() / written.norm(dim=-1)).max()))
     return max(shares)
+
+
+@contextmanager
+def biases(body: Anatomy) -> Iterator[dict[int, Tensor]]:
+    """What the biases of a layer's experts add, [rows * tokens, d], in the pass made inside."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, bias: Tensor) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[layer] = (bias[args[1]] * args[2][..., None]).sum(1)
+
+        return hook
+
+    handles = [
+        writer.module.register_forward_hook(keep(layer, writer.bias))
+        for layer, writers in enumerate(body.writers)
+        if isinstance(writer := writers["mlp_down_proj"], Experts) and writer.bias is not None
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # Several edits in one batch
@@ -367,3 +440,12 @@ def test_quantised_weights_are_not_baked_and_nothing_else_is_either() -> None:
     with pytest.raises(ModelError, match="layer 2, mlp_down_proj: a quantised weight"):
         recipe().bake(body)
     assert torch.equal(logits(model, tokens), before)
+
+
+def test_packed_weights_that_cannot_be_read_are_named() -> None:
+    _, body = unedited("llama")
+    spoilt = replace(body, writers=[dict.fromkeys(COMPONENTS, Writer(PackedLinear()))] * LAYERS)
+    with pytest.raises(
+        ModelError, match=r"'PackedLinear' holds weights of torch.uint8 that cannot"
+    ):
+        recipe(normalization="pre").build(spoilt)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
-from tiny_models import LAYERS, tiny_model
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    HIDDEN,
+    LAYERS,
+    MIXTURES,
+    gpt_oss_in_blocks,
+    qwen35_with_eyes,
+    tiny_model,
+    token_ids,
+)
 from toy_tokenizer import toy_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from artifacts.errors import ModelError
+from tasks.models.anatomy import COMPONENTS, anatomy
+from tasks.models.baking import bake
 from tasks.models.decoding import decode, eos_ids
+from tasks.models.editing import applied, build_edit
 from tasks.models.identity import folder_digest, local_folder, resolve
 from tasks.models.loading import load
 from tasks.models.rendering import encode, render
@@ -105,6 +119,94 @@ def test_tied_embeddings_are_not_missing(folder: Path) -> None:
     tied.save_pretrained(folder)
     found = load(str(folder), device="cpu").model
     assert found.lm_head.weight is found.get_input_embeddings().weight
+
+
+MULTIMODAL = ("gemma3-vision", "mistral3", "qwen2.5-vl", "qwen3-vl")
+
+
+def saved_as(model: Any, folder: Path) -> Path:
+    """`model` in place of the folder's own."""
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*MIXTURES, *MULTIMODAL, "lfm2", "qwen3.5"])
+def test_what_is_baked_is_saved_and_loaded_again(name: str, folder: Path) -> None:
+    """Also where checkpoints store every expert by itself, and where a text tower has eyes."""
+    held = load(str(saved_as(tiny_model(name), folder)), device="cpu")
+    tokens = token_ids()
+    torch.testing.assert_close(held.model(tokens).logits, tiny_model(name)(tokens).logits)
+    direction = torch.nn.functional.normalize(torch.ones(LAYERS, HIDDEN), dim=-1)
+    recipe: Any = (
+        dict.fromkeys(COMPONENTS, direction),
+        dict.fromkeys(COMPONENTS, [0.7] * LAYERS),
+        "full",
+        "residual",
+    )
+    with applied(held.anatomy, [build_edit(held.anatomy, *recipe)]):
+        by_hooks = held.model(tokens).logits
+    bake(held.anatomy, *recipe)
+    again = load(str(saved_as(held.model, folder)), device="cpu")
+    torch.testing.assert_close(again.model(tokens).logits, by_hooks, atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_tower_is_loaded_alone_where_transformers_can(folder: Path) -> None:
+    whole = qwen35_with_eyes()
+    held = load(str(saved_as(whole, folder)), device="cpu")
+    assert held.anatomy.architecture == "Qwen3_5ForCausalLM"
+    tokens = token_ids()
+    torch.testing.assert_close(held.model(tokens).logits, whole(tokens).logits)
+
+
+def test_a_checkpoint_in_mxfp4_is_unpacked(folder: Path) -> None:
+    """gpt-oss as it is published: experts as blocks of 32 four-bit numbers with a scale each."""
+    model = gpt_oss_in_blocks().bfloat16()
+    saved_as(model, folder)
+    state = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for key in [key for key in state if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = state.pop(key).shape
+        blocks = (experts, outputs, inputs // 32, 16)
+        state[f"{key}_blocks"] = torch.randint(
+            0, 256, blocks, dtype=torch.uint8, generator=generator
+        )
+        state[f"{key}_scales"] = torch.full(blocks[:-1], 124, dtype=torch.uint8)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    held = load(str(folder), device="cpu")
+    writer = held.anatomy.writers[0]["mlp_down_proj"]
+    assert not writer.quantized
+    assert writer.weight.shape == (4, HIDDEN, 64)
+    table = {0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0}
+    assert set((writer.weight.float().abs() * 8).unique().tolist()) == table
+    with pytest.raises(ModelError, match=r"stored in mxfp4 .*quantization = 'none'"):
+        load(str(folder), device="cpu", quantization="bnb-4bit")
+
+
+def test_a_checkpoint_in_fp8_is_unpacked(folder: Path) -> None:
+    """As DeepSeek publishes: float8 weights, one scale for each block of them."""
+    state = load_file(folder / "model.safetensors")
+    for key in [key for key in state if ".layers." in key and state[key].dim() == 2]:
+        shape = state[key].shape
+        scales = torch.full((shape[0] // 16, shape[1] // 16), 0.5)
+        state[f"{key}_scale_inv"] = scales
+        state[key] = (state[key] * 2).to(torch.float8_e4m3fn)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    held = load(str(folder), device="cpu")
+    tokens = token_ids()
+    exact = tiny_model("llama")
+    for writers, others in zip(held.anatomy.writers, anatomy(exact).writers, strict=True):
+        for component in COMPONENTS:
+            found, expected = writers[component].weight.float(), others[component].weight
+            assert (found - expected).abs().max() < 0.07 * expected.abs().max()
+    assert (held.model(tokens).logits - exact(tokens).logits).abs().mean() < 0.2
 
 
 def test_pickled_weights_are_not_loaded(folder: Path) -> None:

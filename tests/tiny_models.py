@@ -65,6 +65,49 @@ _QWEN35: dict[str, Any] = _SHAPE | {
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }
+_MOE: dict[str, Any] = _SHAPE | {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+_DEEPSEEK: dict[str, Any] = _MOE | {
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+_LFM2: dict[str, Any] = {
+    "block_auto_adjust_ff_dim": False,
+    "layer_types": ["conv", "full_attention", "conv"],
+}
+_GPT_OSS: dict[str, Any] = _MOE | {
+    "intermediate_size": 24,
+    "head_dim": 8,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+_ROPE3: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+}
+_QWEN_EYE: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": HIDDEN,
+    "patch_size": 8,
+}
 
 _MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _make("Llama", _SHAPE),
@@ -73,6 +116,27 @@ _MODELS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: _make("Qwen2", _SHAPE),
     "qwen3": lambda: _make("Qwen3", _SHAPE, head_dim=8),
     "qwen3.5": lambda: transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**_QWEN35)),
+    "qwen3.5-moe": lambda: transformers.Qwen3_5MoeForCausalLM(
+        transformers.Qwen3_5MoeTextConfig(
+            **_QWEN35 | _MOE, shared_expert_intermediate_size=24, norm_topk_prob=False
+        )
+    ),
+    "qwen3-next": lambda: _make(
+        "Qwen3Next", _QWEN35 | _MOE, shared_expert_intermediate_size=24, mlp_only_layers=[1]
+    ),
+    "qwen2-moe": lambda: _make(
+        "Qwen2Moe", _MOE, shared_expert_intermediate_size=24, norm_topk_prob=False
+    ),
+    "qwen3-moe": lambda: _make("Qwen3Moe", _MOE, head_dim=8, mlp_only_layers=[0]),
+    "mixtral": lambda: _make("Mixtral", _MOE),
+    "olmoe": lambda: _make("Olmoe", _MOE),
+    "phimoe": lambda: _make("Phimoe", _MOE, attention_bias=True),
+    "flex-olmo": lambda: _make("FlexOlmo", _MOE),
+    "deepseek-v3": lambda: _make("DeepseekV3", _DEEPSEEK | _LATENT),
+    "glm4-moe": lambda: _make("Glm4Moe", _DEEPSEEK, head_dim=8),
+    "gpt-oss": lambda: _make("GptOss", _GPT_OSS),
+    "lfm2": lambda: _make("Lfm2", _SHAPE, **_LFM2),
+    "lfm2-moe": lambda: _make("Lfm2Moe", _MOE, **_LFM2, num_dense_layers=1),
     "phi3": lambda: _make("Phi3", _SHAPE, sliding_window=None),
     "stablelm": lambda: _make("StableLm", _SHAPE),
     "stablelm-parallel": lambda: _make("StableLm", _SHAPE, use_parallel_residual=True),
@@ -82,6 +146,27 @@ _MODELS: dict[str, Callable[[], Any]] = {
     ),
     "gemma3-vision": lambda: transformers.Gemma3ForConditionalGeneration(
         transformers.Gemma3Config(text_config=_GEMMA3, vision_config=_VISION, mm_tokens_per_image=4)
+    ),
+    "mistral3": lambda: transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(
+            text_config=_SHAPE | {"model_type": "mistral", "head_dim": 8},
+            vision_config=_VISION | {"model_type": "pixtral"},
+        )
+    ),
+    "qwen2.5-vl": lambda: transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=_SHAPE | _ROPE3, vision_config=_QWEN_EYE)
+    ),
+    "qwen3-vl": lambda: transformers.Qwen3VLForConditionalGeneration(
+        transformers.Qwen3VLConfig(
+            text_config=_SHAPE | _ROPE3 | {"head_dim": 8},
+            vision_config=_QWEN_EYE | {"deepstack_visual_indexes": [0]},
+        )
+    ),
+    "qwen3-vl-moe": lambda: transformers.Qwen3VLMoeForConditionalGeneration(
+        transformers.Qwen3VLMoeConfig(
+            text_config=_MOE | _ROPE3 | {"head_dim": 8},
+            vision_config=_QWEN_EYE | {"deepstack_visual_indexes": [0]},
+        )
     ),
     "olmo2": lambda: _make("Olmo2", _SHAPE),
     "falcon": lambda: _make("Falcon", _FALCON, parallel_attn=False, multi_query=False, bias=True),
@@ -98,18 +183,54 @@ NORMED = (
     "gemma3",
     "gemma3-vision",
     "olmo2",
+    "flex-olmo",
 )  # normalise what a sublayer adds to the residual stream
-BIASED = ("llama-bias", "falcon", "gptj", "gptneox", "gptneox-sequential")
+MIXTURES = (
+    "qwen3.5-moe",
+    "qwen3-next",
+    "qwen2-moe",
+    "qwen3-moe",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen3-vl-moe",
+    "flex-olmo",
+    "deepseek-v3",
+    "glm4-moe",
+    "gpt-oss",
+    "lfm2-moe",
+)
+BIASED = ("llama-bias", "gpt-oss", "phimoe", "falcon", "gptj", "gptneox", "gptneox-sequential")
 
 
 def tiny_model(name: str, seed: int = 0) -> Any:
     """A float32 model of `name` in evaluation mode; equal seeds give equal weights."""
+    return _randomized(_MODELS[name], seed)
+
+
+def lfm2_with_biases() -> Any:
+    """A model in which padding leaks into what is answered."""
+    return _randomized(lambda: _make("Lfm2", _SHAPE, **_LFM2, conv_bias=True), 0)
+
+
+def gpt_oss_in_blocks() -> Any:
+    """A model whose experts' inputs come in blocks of 32, as MXFP4 stores them."""
+    return _randomized(lambda: _make("GptOss", _GPT_OSS | {"intermediate_size": 64}), 0)
+
+
+def qwen35_with_eyes() -> Any:
+    """A multimodal model whose text tower transformers can load alone."""
+    config = transformers.Qwen3_5Config(text_config=_QWEN35, vision_config=_QWEN_EYE)
+    return _randomized(lambda: transformers.Qwen3_5ForConditionalGeneration(config), 0)
+
+
+def _randomized(make: Callable[[], Any], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _MODELS[name]()
+        model = make()
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
+            for path, parameter in model.named_parameters():
+                if parameter.dim() == 1 or path.endswith("proj_bias"):
                     parameter.add_(0.3 * torch.randn_like(parameter))
     return model.float().eval()
 

@@ -5,12 +5,15 @@ residual stream, the norm such an output may pass before it joins, and how that 
 gain. Guessing these from module names finds the wrong norm sooner or later (the
 `post_attention_layernorm` of Llama comes after the sum, that of Gemma 2 before it), so they stand
 in one table, one row per architecture, and an architecture that has no row is an error.
+
+A mixture of experts writes through many linear maps at once: those of the experts, stored as one
+tensor, and perhaps one of a shared expert. Every one of them belongs to the layer's MLP component.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,11 +39,26 @@ class Writer:
     gain_offset: float = 0.0
 
     @property
+    def parts(self) -> tuple[Writer, ...]:
+        """The writers that make up this one, each with a weight of its own."""
+        return (self,)
+
+    @property
+    def matrices(self) -> Sequence[Tensor]:
+        """Every matrix [d, inputs] of the weight: one here, one per expert in a mixture."""
+        return (self.weight,)
+
+    @property
     def weight(self) -> Tensor:
-        """The weight [d, inputs] in floating point; a quantised one is dequantised."""
+        """The weight [d, inputs] in floating point; one that bitsandbytes packed is unpacked.
+
+        Raises ModelError for weights packed otherwise.
+        """
         stored = self._stored
         if not self.quantized:
             return stored.detach()
+        if not (hasattr(stored, "quant_state") or hasattr(stored, "SCB")):  # of 4 and of 8 bits
+            raise self._packed()
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         dense: Tensor = dequantize_bnb_weight(stored, getattr(self.module, "state", None))
@@ -49,16 +67,24 @@ class Writer:
     @property
     def quantized(self) -> bool:
         """Whether the weight is stored packed, so that it can be read but not written."""
-        return hasattr(self._stored, "quant_state") or not self._stored.is_floating_point()
+        stored = self._stored
+        floating = stored.is_floating_point() and stored.dtype.itemsize > 1  # not one of FP8
+        return hasattr(stored, "quant_state") or not floating
 
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
         return self._stored.device
 
+    def _packed(self) -> ModelError:
+        return ModelError(
+            f"module '{type(self.module).__name__}' holds weights of {self._stored.dtype} that "
+            "cannot be read; use a checkpoint in bfloat16"
+        )
+
     @property
     def _stored(self) -> Tensor:
-        weight = self.module.weight
+        weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor):
             raise ModelError(f"module '{type(self.module).__name__}' has no weight to edit")
         return weight
@@ -78,6 +104,52 @@ class Writer:
         if not isinstance(weight, Tensor):
             raise ModelError(f"norm '{type(self.norm).__name__}' has no gain")
         return weight.detach().float() + self.gain_offset
+
+
+@dataclass(frozen=True)
+class Experts(Writer):
+    """Linear maps [experts, d, inputs], of which each token passes a few; their sum joins.
+
+    `module` is called with (hidden states [tokens, d], the chosen experts [tokens, k], their
+    weights [tokens, k]) and returns the weighted sum [tokens, d]. `shared` is the expert that every
+    token passes, if there is one. `transposed`: stored as [experts, inputs, d].
+    """
+
+    transposed: bool = False
+    shared: Writer | None = None
+
+    @property
+    def parts(self) -> tuple[Writer, ...]:
+        """The experts that are chosen, and the shared one."""
+        return (self,) if self.shared is None else (self, self.shared)
+
+    @property
+    def matrices(self) -> Sequence[Tensor]:
+        """Each expert's matrix [d, inputs], a view: what is written into it is in the model."""
+        return self.weight.unbind(0)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights [experts, d, inputs], a view; ModelError for packed ones."""
+        if self.quantized:
+            raise self._packed()
+        stored = self._stored.detach()
+        return stored.mT if self.transposed else stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases [experts, d], or None."""
+        bias = getattr(self.module, "down_proj_bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
+    def _stored(self) -> Tensor:
+        weight = getattr(self.module, "down_proj", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 3:
+            raise ModelError(
+                f"module '{type(self.module).__name__}' does not hold its experts in one tensor"
+            )
+        return weight
 
 
 @dataclass(frozen=True)
@@ -106,10 +178,10 @@ def hidden(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Row:
-    """Paths of one architecture: from the model, and (the last four) from a layer.
+    """Paths of one architecture: `root` from the model, the others from there or from a layer.
 
     `attention` lists alternatives: a hybrid model's layers differ, and the first that a layer has
-    is its own.
+    is its own. Likewise `mlp` where a layer has no `experts`.
     """
 
     root: str = "model"
@@ -118,6 +190,9 @@ class _Row:
     final_norm: str = "norm"
     attention: tuple[str, ...] = ("self_attn.o_proj",)
     mlp: str = "mlp.down_proj"
+    experts: str | None = None
+    shared: str | None = None
+    transposed: bool = False
     attention_norm: str | None = None
     mlp_norm: str | None = None
     gain_offset: float = 0.0
@@ -136,13 +211,40 @@ _GEMMA_VISION = _Row(
     gain_offset=1.0,
 )
 _OLMO2 = _Row(attention_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm")
+_LINEAR = ("self_attn.o_proj", "linear_attn.out_proj")
+_VISION = _Row(root="model.language_model")
+_MIXTRAL = _Row(experts="mlp.experts")
+_DEEPSEEK = replace(_MIXTRAL, shared="mlp.shared_experts.down_proj")
+_QWEN2_MOE = replace(_MIXTRAL, shared="mlp.shared_expert.down_proj")
+_LFM2 = _Row(
+    final_norm="embedding_norm",
+    attention=("self_attn.out_proj", "conv.out_proj"),
+    mlp="feed_forward.w2",
+)
 
 _TABLE: Mapping[str, _Row] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,
-    "Qwen3_5ForCausalLM": _Row(attention=("self_attn.o_proj", "linear_attn.out_proj")),
+    "Qwen3_5ForCausalLM": _Row(attention=_LINEAR),
+    "Qwen3_5MoeForCausalLM": replace(_QWEN2_MOE, attention=_LINEAR),
+    "Qwen3NextForCausalLM": replace(_QWEN2_MOE, attention=_LINEAR),
+    "Qwen2MoeForCausalLM": _QWEN2_MOE,
+    "Qwen3MoeForCausalLM": _MIXTRAL,
+    "MixtralForCausalLM": _MIXTRAL,
+    "OlmoeForCausalLM": _MIXTRAL,
+    "PhimoeForCausalLM": _MIXTRAL,
+    "FlexOlmoForCausalLM": replace(_OLMO2, experts="mlp.experts"),
+    "DeepseekV3ForCausalLM": _DEEPSEEK,
+    "Glm4MoeForCausalLM": _DEEPSEEK,
+    "GptOssForCausalLM": replace(_MIXTRAL, transposed=True),
+    "Lfm2ForCausalLM": _LFM2,
+    "Lfm2MoeForCausalLM": replace(_LFM2, experts="feed_forward.experts"),
+    "Mistral3ForConditionalGeneration": _VISION,
+    "Qwen2_5_VLForConditionalGeneration": _VISION,
+    "Qwen3VLForConditionalGeneration": _VISION,
+    "Qwen3VLMoeForConditionalGeneration": replace(_VISION, experts="mlp.experts"),
     "Phi3ForCausalLM": _LLAMA,
     "StableLmForCausalLM": _LLAMA,
     "Gemma2ForCausalLM": _GEMMA,
@@ -178,15 +280,21 @@ SUPPORTED = tuple(sorted(_TABLE))
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """The anatomy of a causal language model; ModelError if its class is not in the table."""
+    """The anatomy of a causal language model, or of a multimodal model's text tower.
+
+    Raises ModelError for a class that is not in the table, and for an LFM whose convolutions have
+    biases: those turn masked padding into states, so a prompt's answer would depend on its batch.
+    """
     name = type(model).__name__
     if name not in _TABLE:
         raise ModelError(f"architecture '{name}' is not supported; known: {', '.join(SUPPORTED)}")
     row = _TABLE[name]
-    root = model.get_submodule(row.root)
-    layers = [layer for _, layer in root.get_submodule(row.layers).named_children()]
     config: Any = model.config
     config = config.get_text_config()
+    if getattr(config, "conv_bias", False):
+        raise ModelError(f"architecture '{name}' with conv_bias = true is not supported")
+    root = model.get_submodule(row.root)
+    layers = [layer for _, layer in root.get_submodule(row.layers).named_children()]
     return Anatomy(
         architecture=name,
         layers=layers,
@@ -200,14 +308,22 @@ def anatomy(model: nn.Module) -> Anatomy:
 def _writers(layer: nn.Module, row: _Row) -> dict[str, Writer]:
     names = {name for name, _ in layer.named_modules()}
     attention = next((path for path in row.attention if path in names), row.attention[0])
+    module, norm = layer.get_submodule(attention), _norm(layer, row.attention_norm)
     return {
-        ATTENTION: _writer(layer, attention, row.attention_norm, row.gain_offset),
-        MLP: _writer(layer, row.mlp, row.mlp_norm, row.gain_offset),
+        ATTENTION: Writer(module, norm, row.gain_offset),
+        MLP: _experts(layer, row) if row.experts in names else _mlp(layer, row, row.mlp),
     }
 
 
-def _writer(layer: nn.Module, path: str, norm: str | None, gain_offset: float) -> Writer:
-    module = layer.get_submodule(path)
-    if norm is None:
-        return Writer(module)
-    return Writer(module, layer.get_submodule(norm), gain_offset)
+def _mlp(layer: nn.Module, row: _Row, path: str) -> Writer:
+    return Writer(layer.get_submodule(path), _norm(layer, row.mlp_norm), row.gain_offset)
+
+
+def _experts(layer: nn.Module, row: _Row) -> Experts:
+    plain = _mlp(layer, row, row.experts or "")
+    shared = None if row.shared is None else _mlp(layer, row, row.shared)
+    return Experts(plain.module, plain.norm, plain.gain_offset, row.transposed, shared)
+
+
+def _norm(layer: nn.Module, path: str | None) -> nn.Module | None:
+    return None if path is None else layer.get_submodule(path)

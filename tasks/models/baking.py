@@ -38,4 +38,5 @@ def bake(
             )
     with torch.no_grad():
         for _, writer, v, lam in places:
-            writer.weight.copy_(edited_weight(writer.weight, v, lam, row_normalization))
+            for matrix in writer.matrices:
+                matrix.copy_(edited_weight(matrix, v, lam, row_normalization))

@@ -8,15 +8,16 @@ for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tasks.models.anatomy import Anatomy, Writer
+from tasks.models.anatomy import Anatomy, Experts, Writer
+from tasks.models.terms import Hook, hook
 from tasks.numerics.edit import OutputEdit, RowNormalization, output_edit, stream_direction
 
 Frame = Literal["module", "residual"]
@@ -25,9 +26,13 @@ Place = tuple[int, str]  # layer, component
 
 @dataclass(frozen=True)
 class Edit:
-    """One trial's edit: an operation per edited (layer, component), on its module's device."""
+    """One trial's edit: operations per edited (layer, component), on their modules' devices.
 
-    modules: Mapping[Place, OutputEdit]
+    One operation for each part of the place's writer, in the order of `Writer.parts`; `a`, `b`, `s`
+    are [experts, d] where every expert has its own.
+    """
+
+    modules: Mapping[Place, tuple[OutputEdit, ...]]
 
 
 def build_edit(
@@ -45,11 +50,26 @@ def build_edit(
     differs where a norm follows. Raises ValueError for a wrong shape or a direction that is not
     finite.
     """
-    return Edit(
-        {
-            place: output_edit(writer.weight, v, lam, row_normalization)
-            for place, writer, v, lam in edited_places(anatomy, vectors, weights, frame)
-        }
+    modules: dict[Place, tuple[OutputEdit, ...]] = {}
+    for place, writer, v, lam in edited_places(anatomy, vectors, weights, frame):
+        made = _output_edit(writer, v, lam, row_normalization)
+        modules[place] = (*modules.get(place, ()), made)
+    return Edit(modules)
+
+
+def _output_edit(writer: Writer, v: Tensor, lam: float, how: RowNormalization) -> OutputEdit:
+    """The operation that edits what `writer` writes, experts one at a time to spare memory.
+
+    Without row normalisation it does not depend on the weight, and is one for all experts.
+    """
+    if how == "none" or not isinstance(writer, Experts):
+        return output_edit(writer.matrices[0], v, lam, how)
+    each = [output_edit(matrix, v, lam, how) for matrix in writer.matrices]
+    scales = [edit.s for edit in each if edit.s is not None]
+    return OutputEdit(
+        torch.stack([edit.a for edit in each]),
+        torch.stack([edit.b for edit in each]),
+        torch.stack(scales) if scales else None,
     )
 
 
@@ -61,7 +81,9 @@ def edited_places(
 ) -> Iterator[tuple[Place, Writer, Tensor, float]]:
     """Every (layer, component) of weight other than 0, its writer, output direction and weight.
 
-    Arguments and errors are those of `build_edit`.
+    A place comes once for each part of its writer: twice where a shared expert stands beside the
+    others. Each part has a weight of its own, [d, inputs] or [experts, d, inputs]. Arguments and
+    errors are those of `build_edit`.
     """
     if frame not in ("module", "residual"):
         raise ValueError(f"frame '{frame}' is none of module, residual")
@@ -81,17 +103,18 @@ def edited_places(
             writer = anatomy.writers[layer][component]
             gain = writer.gain if frame == "residual" else None
             v = directions[layer].to(writer.device, torch.float32)
-            yield (layer, component), writer, stream_direction(v, gain), lam
+            u = stream_direction(v, gain)
+            for part in writer.parts:
+                yield (layer, component), part, u.to(part.device), lam
 
 
 class Editor:
     """Says which edit each row of the next forward pass carries."""
 
-    def __init__(self, terms: Mapping[Place, _Terms], n_edits: int) -> None:
-        self._all = terms
+    def __init__(self, hooks: Sequence[Hook], n_edits: int) -> None:
+        self._hooks = hooks
         self._n_edits = n_edits
         self._rows: Tensor | None = None
-        self._chosen = dict(terms) if n_edits == 1 else {}
 
     @property
     def rows(self) -> Tensor | None:
@@ -109,96 +132,31 @@ class Editor:
                 raise ValueError(f"rows {low}..{high} name none of the {self._n_edits} edits")
         self._rows = rows
         if self._n_edits > 1:
-            self._chosen = (
-                {} if rows is None else {place: t.of(rows) for place, t in self._all.items()}
-            )
-
-    def edit(self, place: Place, output: Tensor) -> Tensor:
-        """The edited output [batch, tokens, d] of the module at `place`, in the output's dtype."""
-        terms = self._chosen.get(place)
-        if terms is None:
-            raise ValueError(f"{self._n_edits} edits are applied but no row says which it carries")
-        return terms(output.float()).to(output.dtype)
+            for each in self._hooks:
+                each.choose(rows)
 
 
 @contextmanager
 def applied(anatomy: Anatomy, edits: Sequence[Edit]) -> Iterator[Editor]:
     """Hook `edits` into the model for the time of the block.
 
-    Every module touched by any edit gets one forward hook; rows whose edit leaves that module alone
-    pass it unchanged. Outputs keep their dtype; the edit is computed in float32.
+    Every module touched by any edit gets one hook; rows whose edit leaves that module alone pass it
+    unchanged. Outputs keep their dtype; the edit is computed in float32.
     """
-    places = sorted({place for edit in edits for place in edit.modules})
-    writers = {place: anatomy.writers[place[0]][place[1]] for place in places}
-    terms = {
-        place: _terms([edit.modules.get(place) for edit in edits], writer.bias)
-        for place, writer in writers.items()
-    }
-    editor = Editor(terms, len(edits))
-    handles = [
-        writer.module.register_forward_hook(_hook(editor, place))
-        for place, writer in writers.items()
-    ]
+    hooks = list(_hooks(anatomy, edits))
+    editor = Editor([made for _, made in hooks], len(edits))
+    handles: list[Any] = []
     try:
+        for writer, made in hooks:
+            handles += made.attach(writer.module)
         yield editor
     finally:
         for handle in handles:
             handle.remove()
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """Edits of one module's biased output: y' = scale * y + shift + (read.y) write.
-
-    Each is [edits, d], or [rows, 1, d] once rows have chosen; `scale` and `shift` are None where
-    they would be all ones and all zeros. The bias is folded in, so a row that is left alone is
-    times 1 plus 0 and stays the same bit for bit. Products and sums run along d only, so no row
-    depends on its neighbours.
-    """
-
-    read: Tensor
-    write: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
-
-    def __call__(self, y: Tensor) -> Tensor:
-        """Edit `y` [rows, tokens, d]."""
-        amount = (y * self.read).sum(-1, keepdim=True)
-        base = y if self.scale is None else y * self.scale
-        if self.shift is not None:
-            base = base + self.shift
-        return torch.addcmul(base, amount, self.write)
-
-    def of(self, rows: Tensor) -> _Terms:
-        """The terms of each row, `rows` [rows] naming its edit."""
-        index = rows.to(self.read.device)
-
-        def pick(table: Tensor) -> Tensor:
-            return table[index].unsqueeze(1)
-
-        scale = None if self.scale is None else pick(self.scale)
-        shift = None if self.shift is None else pick(self.shift)
-        return _Terms(pick(self.read), pick(self.write), scale, shift)
-
-
-def _terms(edits: Sequence[OutputEdit | None], bias: Tensor | None) -> _Terms:
-    """The terms of one module under each of `edits`; None is an edit that leaves it alone."""
-    some = next(edit for edit in edits if edit is not None)
-    zeros, ones = torch.zeros_like(some.a), torch.ones_like(some.a)
-    read = torch.stack([zeros if edit is None else edit.a for edit in edits])
-    b = torch.stack([zeros if edit is None else edit.b for edit in edits])
-    s = torch.stack([ones if edit is None or edit.s is None else edit.s for edit in edits])
-    write = s * b
-    shift = None
-    if bias is not None:
-        bias = bias.to(s)
-        shift = (1 - s) * bias - (read @ bias).unsqueeze(-1) * write
-    scaled = any(edit is not None and edit.s is not None for edit in edits)
-    return _Terms(read, write, s if scaled else None, shift)
-
-
-def _hook(editor: Editor, place: Place) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return editor.edit(place, output)
-
-    return hook
+def _hooks(anatomy: Anatomy, edits: Sequence[Edit]) -> Iterator[tuple[Writer, Hook]]:
+    for layer, component in sorted({place for edit in edits for place in edit.modules}):
+        of_place = [edit.modules.get((layer, component)) for edit in edits]
+        for index, part in enumerate(anatomy.writers[layer][component].parts):
+            yield part, hook(part, [None if made is None else made[index] for made in of_place])

@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+)
 from transformers.utils import logging as transformers_logging
 
 from artifacts.errors import ModelError
@@ -66,6 +76,9 @@ def load(
 ) -> LoadedModel:
     """Load a model and its tokenizer, falling back from dtype to dtype.
 
+    A multimodal model is loaded whole or, where transformers can, as its text tower alone; it is
+    given text only. A checkpoint stored in MXFP4 or FP8 is unpacked: edits read its weights.
+
     Args:
         source: 'organism', a folder, or a hub id.
         revision: commit, branch or tag on the hub.
@@ -88,12 +101,17 @@ def load(
     placement = {"device_map": device_map} if device_map else _placement(quantization, target)
     reasons: dict[str, str] = {}
     with quiet():
-        tokenizer = _config_and_tokenizer(where, options)
+        config, tokenizer = _config_and_tokenizer(where, options)
+        options |= placement
         for dtype in dtypes:
             if progress is not None:
                 progress(f"loading {source} in {dtype}")
             model, reason = _attempt(
-                where, dtype, options | placement | _quantized(quantization, dtype), target
+                _auto_class(config),
+                where,
+                dtype,
+                options | _quantized(config, quantization, dtype),
+                target,
             )
             if model is not None:
                 return LoadedModel(
@@ -125,11 +143,11 @@ def _require_files(folder: Path) -> None:
         )
 
 
-def _config_and_tokenizer(source: str, options: dict[str, Any]) -> Any:
-    """The tokenizer; the configuration is read first because its errors are the clearer ones."""
+def _config_and_tokenizer(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Both; the configuration is read first because its errors are the clearer ones."""
     try:
-        AutoConfig.from_pretrained(source, **options)
-        return AutoTokenizer.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **options)
+        return config, AutoTokenizer.from_pretrained(source, **options)
     except _FAILURES as error:
         raise _unreadable(source, error) from error
 
@@ -150,16 +168,32 @@ def _unreadable(source: str, error: Exception) -> ModelError:
     )
 
 
+def _auto_class(config: Any) -> Any:
+    """What loads a model of `config`: a language model, else one that also takes images."""
+    known = type(config)
+    if known in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and known not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _placement(quantization: str, device: torch.device) -> dict[str, Any]:
     """Quantised weights are made on the device; others are moved there after loading."""
     return {"device_map": {"": str(device)}} if quantization != "none" else {}
 
 
-def _quantized(quantization: str, dtype: str) -> dict[str, Any]:
+def _quantized(config: Any, quantization: str, dtype: str) -> dict[str, Any]:
+    """How to pack the weights, or how to unpack a checkpoint that comes in MXFP4 or FP8."""
+    stored = getattr(config, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    unpack = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(str(method))
     if quantization == "none":
-        return {}
+        return {} if unpack is None else {"quantization_config": unpack(dequantize=True)}
     if quantization != "bnb-4bit":
         raise ModelError(f"unknown quantization '{quantization}'; known: bnb-4bit, none")
+    if unpack is not None:
+        raise ModelError(
+            f"the checkpoint is stored in {method} already; set model.quantization = 'none'"
+        )
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -171,11 +205,11 @@ def _quantized(quantization: str, dtype: str) -> dict[str, Any]:
 
 
 def _attempt(
-    source: str, dtype: str, options: dict[str, Any], device: torch.device
+    auto_class: Any, source: str, dtype: str, options: dict[str, Any], device: torch.device
 ) -> tuple[Any, str]:
     """(model, "") or (None, why not)."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         missing = sorted(report["missing_keys"])
