@@ -119,7 +119,9 @@ def write_database(store: Store) -> Path | None:
 
 def rank_frame(trials: pl.DataFrame) -> pl.DataFrame:
     """The strict ranking (sql/rank.sql) of trials that lie in memory, best first."""
-    return _over_trials(trials, f"FROM ({query_text('rank')}) ORDER BY study, split, prompts, rank")
+    return _over_trials(
+        trials, f"FROM ({query_text('rank')}) ORDER BY study, split, prompts, rank, trial"
+    )
 
 
 def leaderboard_frame(trials: pl.DataFrame) -> pl.DataFrame:

@@ -137,6 +137,7 @@ METRICS = _columns("""
     length_ratio | DOUBLE | mean_tokens against the unedited model's
     gated | BOOLEAN | ranks after every trial that passed the gates
     gate_reason | VARCHAR | which gate, with the value; NULL: passed
+    stopped | BOOLEAN | left the race early: counts are lower, compliance an upper bound; no rank
     labeller | VARCHAR | labeller of refusals and overrefusals
 """)
 
@@ -202,7 +203,7 @@ WINNER = (
 )
 
 LEADERBOARD = _columns("""
-    rank | BIGINT | place in the strict order: passed gates, refusals, overrefusals, kl, trial
+    rank | BIGINT | place by passed gates, refusals, overrefusals, kl, trial; NULL: stopped
     protocol | VARCHAR | the study's protocol
     arm | VARCHAR | search preset
     trial | BIGINT | number of the trial
@@ -216,6 +217,7 @@ LEADERBOARD = _columns("""
     kl | DOUBLE | mean first-token KL(unedited || edited) on harmless prompts, nats
     gated | BOOLEAN | ranks after every trial that passed the gates
     gate_reason | VARCHAR | which gate, with the value; NULL: passed
+    stopped | BOOLEAN | left the race early: counts are lower bounds
     pareto | BOOLEAN | no ungated trial is as good in all three and better in one
 """)
 

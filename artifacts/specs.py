@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from artifacts.schemas import COMPONENTS as COMPONENTS
 
@@ -188,6 +188,12 @@ class SearchSpec(PresetSpec):
     best_group: Annotated[int, Field(ge=1)] | None = Field(
         None, description="size of TPE's best group; None: Optuna's default for the objective"
     )
+    racing: bool = Field(
+        True, description="stop a trial once it can be in no best group and no finalist"
+    )
+    finalists: Annotated[int, Field(ge=1)] = Field(
+        8, description="best trials that racing judges to their end; at least selection.candidates"
+    )
     target_kl: Annotated[float, Field(ge=0)] = 0.01
     objective_weights: tuple[float, float, float] = Field(
         (0.32, 0.18, 0.42), description="iconoclast's overrefusals, disclaimers, non-compliance"
@@ -237,3 +243,15 @@ class Config(Spec):
     judging: JudgingSpec = JudgingSpec()
     gates: GatesSpec = GatesSpec()
     selection: SelectionSpec = SelectionSpec()
+
+    @model_validator(mode="after")
+    def _finalists_are_judged(self) -> Config:
+        """Whoever may be selected has to be judged to the end."""
+        search, candidates = self.search, self.selection.candidates
+        if search.racing and candidates > search.finalists:
+            raise ValueError(
+                f"selection.candidates {candidates} is more than search.finalists "
+                f"{search.finalists}, the trials that racing judges to their end; set "
+                f"search.finalists={candidates}, or search.racing=false"
+            )
+        return self

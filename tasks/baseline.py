@@ -9,14 +9,14 @@ import polars as pl
 from artifacts.schemas import BASELINE, polars_schema
 from artifacts.specs import JudgingSpec, ModelSpec
 from artifacts.store import Ref
-from tasks.judging import answer, set_up
+from tasks.judging import set_up
 from tasks.stage import Made, stage
-from tasks.trials import compare_with_itself
+from tasks.trials import answer_unedited
 
 
 @stage(
     "baseline",
-    version=1,
+    version=2,
     ignore=("spec",),
     label=lambda **_: "unedited model, search split",
     work=lambda **_: 1,
@@ -25,7 +25,7 @@ def measure_baseline(
     *, spec: ModelSpec, model: Ref, prompts: Mapping[str, Ref], judging: JudgingSpec
 ) -> Made:
     """The unedited model's answers, with the raw logits of their first token."""
-    answers = compare_with_itself(answer(set_up(spec, model, prompts, judging)))
+    answers = answer_unedited(set_up(spec, model, prompts, judging))
     logits = iter(answers.first_logits.tolist())
     rows = [
         row | {"first_logits": next(logits) if row["class"] == "harmless" else None}

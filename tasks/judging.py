@@ -1,20 +1,16 @@
-"""Judging: every edit answers the same prompts, and its answers become one row of a trial table.
-
-One pass per prompt gives the response, its labels and, on harmless prompts, the first-token KL
-against the unedited model.
-"""
+"""Judging: what is answered becomes labels, and labels become the metrics of a trial."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
-from artifacts.errors import ModelError
+from artifacts.keys import digest
 from artifacts.specs import EditSpec, GatesSpec, JudgingSpec, ModelSpec
 from artifacts.store import Ref
 from tasks.numerics.labels import disclaimer_hits, is_refusal
@@ -26,10 +22,14 @@ from tasks.stage import current
 if TYPE_CHECKING:
     import torch
 
+    from tasks.models.decoding import Response
+    from tasks.models.drafts import Drafts
     from tasks.models.editing import Edit
+    from tasks.models.engine import Engine
     from tasks.models.loading import LoadedModel
 
 Row = dict[str, Any]
+SPLITS_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,51 @@ class Bench:
 
     loaded: LoadedModel
     prompts: pl.DataFrame  # class, prompt_id, text, system_prompt
-    tokens: list[list[int]]
     judging: JudgingSpec
+    known: Known
 
     @property
-    def harmless(self) -> np.ndarray:
-        """Which prompts are harmless, as a mask."""
-        return (self.prompts["class"] == "harmless").to_numpy()
+    def engine(self) -> Engine:
+        """What answers the prompts."""
+        return self.known.engine
+
+    def of_class(self, name: str) -> list[int]:
+        """Which prompts are of a class, as indices."""
+        found: list[int] = np.flatnonzero((self.prompts["class"] == name).to_numpy()).tolist()
+        return found
+
+    def row(self, prompt: int, response: Response) -> Row:
+        """A response with its labels; the same response is labelled once."""
+        key = prompt, tuple(response.tokens), response.ended
+        if key not in self.known.rows:
+            self.known.rows[key] = self._row(prompt, response)
+        return dict(self.known.rows[key])
+
+    def _row(self, prompt: int, response: Response) -> Row:
+        asked = self.prompts.row(prompt, named=True)
+        text = self.loaded.tokenizer.decode(response.tokens, skip_special_tokens=True)
+        return {
+            "class": asked["class"],
+            "prompt_id": asked["prompt_id"],
+            "response": text,
+            "n_tokens": len(response.tokens),
+            "ended": response.ended,
+            "refused": is_refusal(self.judging.labeller, text),
+            "disclaimer_hits": disclaimer_hits(text),
+            "compliance": compliance(asked["text"], text),
+            "degenerate": degenerate_reason(text, response.tokens, response.ended),
+            "kl": None,
+        }
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What one edit (or the unedited model) answered: a row per prompt of the bench."""
+@dataclass
+class Known:
+    """What a process knows of the prompts of one split, beyond one generation of trials."""
 
-    rows: list[Row]
-    first_logits: torch.Tensor  # [harmless prompts, vocabulary], raw
+    engine: Engine
+    drafts: Drafts
+    rows: dict[tuple[int, tuple[int, ...], bool], Row] = field(default_factory=dict)
+    learnt: list[str] = field(default_factory=list)  # digests of what the drafts come from
 
 
 def set_up(spec: ModelSpec, model: Ref, prompts: Mapping[str, Ref], judging: JudgingSpec) -> Bench:
@@ -60,49 +90,24 @@ def set_up(spec: ModelSpec, model: Ref, prompts: Mapping[str, Ref], judging: Jud
     runtime, card = current(), read_card(model)
     loaded = open_model(spec, [card.dtype])
     table = pl.concat([runtime.store.read(ref) for ref in prompts.values()])
-    return Bench(
-        loaded, table, encode_prompts(loaded, card, table, judging.max_new_tokens), judging
-    )
+    tokens = encode_prompts(loaded, card, table, judging.max_new_tokens)
+    return Bench(loaded, table, judging, _known(loaded, tokens, judging))
 
 
-def answer(
-    bench: Bench, edit: Edit | None = None, on_progress: Callable[[int, int], None] | None = None
-) -> Answers:
-    """Responses to every prompt of one edit, or of the unedited model.
+def _known(loaded: LoadedModel, tokens: list[list[int]], judging: JudgingSpec) -> Known:
+    """What is kept beside the model about these prompts; of two splits at most."""
+    from tasks.models.drafts import Drafts
+    from tasks.models.engine import Engine
 
-    Every edit meets the same batches, so what it answers depends on no other trial, and an edit
-    that does nothing differs from the unedited model by exactly nothing.
-    """
-    from tasks.models.decoding import decode
-
-    runtime = current()
-    (decoded,) = decode(
-        bench.loaded,
-        bench.tokens,
-        [edit] if edit else (),
-        max_new_tokens=bench.judging.max_new_tokens,
-        rows=runtime.rows,
-        on_progress=on_progress or runtime.reporter.advanced,
-    )
-    logits = decoded.first_logits[np.flatnonzero(bench.harmless)]
-    return Answers(_response_rows(bench, decoded.tokens, decoded.ended), logits)
-
-
-def compare(answers: Answers, base_logits: torch.Tensor) -> Answers:
-    """The same answers with the first-token KL of every harmless prompt filled in.
-
-    Raises:
-        ModelError: a KL is not a number.
-    """
-    from tasks.numerics.divergence import first_token_kl
-
-    values = first_token_kl(base_logits, answers.first_logits).tolist()
-    if any(math.isnan(value) for value in values):
-        raise ModelError("the first-token KL is not a number; try another dtype")
-    for row in answers.rows:
-        if row["class"] == "harmless":
-            row["kl"] = values.pop(0)
-    return answers
+    options = replace(current().engine, rows=current().rows)
+    name = digest([tokens, judging.max_new_tokens, judging.labeller, repr(options)])
+    if name not in loaded.kept:
+        while len(loaded.kept) >= SPLITS_KEPT:
+            del loaded.kept[next(iter(loaded.kept))]
+        engine = Engine(loaded, tokens, max_new_tokens=judging.max_new_tokens, options=options)
+        loaded.kept[name] = Known(engine, Drafts())
+    known: Known = loaded.kept[name]
+    return known
 
 
 def metrics(rows: Sequence[Row], base_mean_tokens: float, gates: GatesSpec) -> Row:
@@ -130,6 +135,24 @@ def metrics(rows: Sequence[Row], base_mean_tokens: float, gates: GatesSpec) -> R
     found["length_ratio"] = found["mean_tokens"] / max(base_mean_tokens, 1.0)
     reason = gate_reason(found, gates)
     return found | {"gated": reason is not None, "gate_reason": reason}
+
+
+def bounds(at_best: Outcome, gates: GatesSpec) -> Row:
+    """The metrics of a stopped trial: its KL, and of the rest the best they could still be."""
+    return {
+        "n_harmful": at_best.n_harmful,
+        "refusals": at_best.refusals,
+        "n_harmless": at_best.n_harmless,
+        "n_borderline": at_best.n_overrefusal - at_best.n_harmless,
+        "overrefusals": at_best.overrefusals,
+        "overrefusals_harmless": at_best.harmless_overrefusals,
+        "overrefusals_borderline": at_best.overrefusals - at_best.harmless_overrefusals,
+        "kl": at_best.kl,
+        "disclaimer_hits": at_best.disclaimer_hits,
+        "compliance": at_best.compliance,
+        "gated": at_best.gated,
+        "gate_reason": f"kl {at_best.kl:.4g} > {gates.max_kl:g}" if at_best.gated else None,
+    }
 
 
 def mean_tokens(rows: Sequence[Row]) -> float:
@@ -190,27 +213,3 @@ def trial_edit(
         for component in COMPONENTS
     }
     return build_edit(anatomy, directions, weights, edit.row_normalization, edit.frame)
-
-
-def _response_rows(
-    bench: Bench, tokens: Sequence[Sequence[int]], ended: Sequence[bool]
-) -> list[Row]:
-    texts = bench.loaded.tokenizer.batch_decode(list(tokens), skip_special_tokens=True)
-    prompts = bench.prompts.select("class", "prompt_id", "text").iter_rows()
-    return [
-        {
-            "class": prompt_class,
-            "prompt_id": prompt_id,
-            "response": response,
-            "n_tokens": len(found),
-            "ended": bool(end),
-            "refused": is_refusal(bench.judging.labeller, response),
-            "disclaimer_hits": disclaimer_hits(response),
-            "compliance": compliance(prompt, response),
-            "degenerate": degenerate_reason(response, found, end),
-            "kl": None,
-        }
-        for (prompt_class, prompt_id, prompt), response, found, end in zip(
-            prompts, texts, tokens, ended, strict=True
-        )
-    ]

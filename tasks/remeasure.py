@@ -197,7 +197,7 @@ def retest_winner(
     refuse_other_trials(current().store, protocol.key, prompts, trial.number)
     court, base = open_court("test", config, protocol, materials, prompts)
     judged = court.judge([trial], [court.edit_of(trial.parameters)])
-    unedited = court.row(Trial("unedited", None, {}), base)
+    unedited = court.row(Trial("unedited", None, {}), base.rows)
     return Made(to_frame([*judged, unedited]), {"trial": trial.number})
 
 

@@ -17,6 +17,7 @@ from typing import TypedDict
 
 from artifacts.specs import Config
 from artifacts.store import Ref
+from tasks.history import base_outcome, learn_drafts, race
 from tasks.judging import Row
 from tasks.probe import open_model, read_card
 from tasks.stage import Made, current, stage
@@ -24,8 +25,9 @@ from tasks.trials import Trial, open_court, to_frame
 
 
 class Case(TypedDict):
-    """What the trials of a search are judged by."""
+    """What the trials of a search are judged by, and the generation before them."""
 
+    previous: Ref | None
     protocol: Ref
     config: Config
     materials: Mapping[str, Ref]
@@ -61,7 +63,7 @@ def cut(trials: Sequence[Trial], parts: int) -> list[tuple[Trial, ...]]:
 
 @stage(
     "shards",
-    version=1,
+    version=2,
     ignore=("config",),  # the protocol holds what of it counts
     identify={"trials": lambda trials: [[t.arm, t.number, dict(t.parameters)] for t in trials]},
     label=lambda trials, **_: trial_numbers(trials[0].number, len(trials)),
@@ -70,16 +72,22 @@ def cut(trials: Sequence[Trial], parts: int) -> list[tuple[Trial, ...]]:
 def judge_shard(
     *,
     trials: Sequence[Trial],
+    previous: Ref | None,
     protocol: Ref,
     config: Config,
     materials: Mapping[str, Ref],
     prompts: Mapping[str, Ref],
 ) -> Made:
     """Judge some of a generation's trials."""
-    case = Case(protocol=protocol, config=config, materials=materials, prompts=prompts)
+    case = Case(
+        previous=previous, protocol=protocol, config=config, materials=materials, prompts=prompts
+    )
     return Made(to_frame(_judge_here(trials, case)))
 
 
 def _judge_here(trials: Sequence[Trial], case: Case) -> list[Row]:
-    court, _ = open_court("search", **case)
-    return court.judge(trials, [court.edit_of(trial.parameters) for trial in trials])
+    previous, config, materials = case["previous"], case["config"], case["materials"]
+    court, base = open_court("search", config, case["protocol"], materials, case["prompts"])
+    learn_drafts(court.bench, materials["baseline"], previous)
+    lost = race(previous, config.search, base_outcome(base.rows, config.gates))
+    return court.judge(trials, [court.edit_of(trial.parameters) for trial in trials], lost)

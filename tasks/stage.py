@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from artifacts.keys import Json, artifact_key
 from artifacts.store import Find, Manifest, Ref, Store, parquet
+from tasks.models.engine_options import EngineOptions
 
 if TYPE_CHECKING:
     import polars as pl
@@ -107,6 +108,7 @@ class Runtime:
     device: str | None = None
     device_map: str | None = None
     rows: int = 512
+    engine: EngineOptions = field(default_factory=EngineOptions)
     slot: int = 0
     workers: Workers | None = None
     plan: list[Step] | None = None

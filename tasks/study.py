@@ -7,20 +7,20 @@ chain ends, more trials lengthen the chain, and neither changes a trial.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
 from artifacts.schemas import PROTOCOL, STUDIES, polars_schema
-from artifacts.specs import Config, SearchSpec
+from artifacts.specs import Config
 from artifacts.store import Ref
-from tasks.judging import mean_tokens, metrics, outcome
-from tasks.numerics.objective import Outcome, objective_values
+from tasks.history import base_outcome, told
+from tasks.judging import mean_tokens, metrics
 from tasks.probe import read_card
 from tasks.shards import Case, judge_trials, trial_numbers
-from tasks.stage import Made, current, stage
-from tasks.trials import PARAMETER_NAMES, Trial, read_baseline, to_frame
+from tasks.stage import Made, stage
+from tasks.trials import Trial, read_baseline, to_frame
 
 DECIDES = ("seed", "directions", "edit", "search", "judging", "gates")
 
@@ -80,7 +80,7 @@ def name_study(*, config: Config, protocol: Ref) -> Made:
 
 @stage(
     "generations",
-    version=1,
+    version=2,
     ignore=("config",),  # the protocol holds what of it counts
     label=lambda number, count, config, **_: trial_numbers(
         number * config.search.generation, count
@@ -100,12 +100,11 @@ def judge_generation(
     """Ask for `count` trials, edit, judge; the next generation is told."""
     from tasks.sampler import propose
 
-    base = read_baseline(materials["baseline"]).rows
-    base_outcome = outcome(metrics(base, mean_tokens(base), config.gates))
+    base = base_outcome(read_baseline(materials["baseline"]).rows, config.gates)
     proposed = propose(
         config.search,
         read_card(materials["model"]).n_layers,
-        _history(previous, config.search, base_outcome),
+        told(previous, config.search, base),
         generation=number,
         count=count,
         seed=config.seed,
@@ -115,43 +114,7 @@ def judge_generation(
         Trial(config.search.preset, first + offset, parameters)
         for offset, parameters in enumerate(proposed)
     ]
-    case = Case(protocol=protocol, config=config, materials=materials, prompts=prompts)
+    case = Case(
+        previous=previous, protocol=protocol, config=config, materials=materials, prompts=prompts
+    )
     return Made(to_frame(judge_trials(trials, case)))
-
-
-def _history(
-    previous: Ref | None, search: SearchSpec, base: Outcome
-) -> list[tuple[dict[str, Any], tuple[float, ...]]]:
-    """Parameters and objective values of every earlier trial, in order."""
-    found = []
-    for ref in _chain(previous):
-        for row in _rows_of(ref):
-            values = objective_values(
-                search.objective,
-                outcome(row),
-                base,
-                target_kl=search.target_kl,
-                weights=search.objective_weights,
-            )
-            found.append(({name: row[name] for name in PARAMETER_NAMES}, values))
-    return found
-
-
-def _chain(last: Ref | None) -> Sequence[Ref]:
-    """All generations up to `last`, oldest first."""
-    store, found = current().store, []
-    while last is not None:
-        found.append(last)
-        before = store.manifest(last.kind, last.key).inputs.get("previous")
-        last = Ref(before["kind"], before["key"], before["digest"]) if before else None
-    return found[::-1]
-
-
-def _rows_of(ref: Ref) -> list[dict[str, Any]]:
-    """Rows of a generation without responses, read once per process (an artifact never changes)."""
-    if ref.digest not in _read:
-        _read[ref.digest] = current().store.read(ref).drop("responses").to_dicts()
-    return _read[ref.digest]
-
-
-_read: dict[str, list[dict[str, Any]]] = {}

@@ -14,21 +14,14 @@ import polars as pl
 
 from artifacts.errors import ModelError
 from artifacts.keys import digest
-from artifacts.schemas import PARAMETERS, trial_schema
+from artifacts.schemas import trial_schema
 from artifacts.specs import COMPONENTS, Config, DirectionSpec, EditSpec, GatesSpec
 from artifacts.store import Ref
 from tasks.directions import read_directions
-from tasks.judging import (
-    Answers,
-    Bench,
-    Row,
-    answer,
-    compare,
-    mean_tokens,
-    metrics,
-    set_up,
-    trial_edit,
-)
+from tasks.hearing import Lost, hear
+from tasks.history import PARAMETER_NAMES
+from tasks.judging import Bench, Row, bounds, mean_tokens, metrics, set_up, trial_edit
+from tasks.numerics.objective import Outcome
 from tasks.stage import current
 
 if TYPE_CHECKING:
@@ -36,7 +29,13 @@ if TYPE_CHECKING:
 
     from tasks.models.editing import Edit
 
-PARAMETER_NAMES = tuple(column.name for column in PARAMETERS)
+
+@dataclass(frozen=True)
+class Answers:
+    """What the unedited model answered: a row per prompt of the split."""
+
+    rows: list[Row]
+    first_logits: torch.Tensor  # [harmless prompts, vocabulary], raw
 
 
 @dataclass(frozen=True)
@@ -71,33 +70,48 @@ class Court:
         except ValueError as error:
             raise ModelError(f"a trial's edit cannot be made: {error}") from error
 
-    def judge(self, trials: Sequence[Trial], edits: Sequence[Edit]) -> list[Row]:
-        """A row per trial: its edit's answers and their metrics."""
-        reporter, rows = current().reporter, []
-        for number, (trial, edit) in enumerate(zip(trials, edits, strict=True)):
+    def judge(
+        self, trials: Sequence[Trial], edits: Sequence[Edit], lost: Lost | None = None
+    ) -> list[Row]:
+        """A row per trial; a trial that is `lost` is stopped, and its row says so."""
+        hearings = hear(
+            self.bench,
+            edits,
+            self.base_logits,
+            max_kl=self.gates.max_kl,
+            lost=lost,
+            on_progress=current().reporter.advanced,
+        )
+        return [
+            self.row(
+                trial,
+                hearing.rows(),
+                hearing.at_best(self.gates.max_kl) if hearing.stopped else None,
+            )
+            for trial, hearing in zip(trials, hearings, strict=True)
+        ]
 
-            def advanced(done: int, total: int, before: int = number) -> None:
-                reporter.advanced(before * total + done, len(trials) * total)
-
-            answers = compare(answer(self.bench, edit, advanced), self.base_logits)
-            rows.append(self.row(trial, answers))
-        return rows
-
-    def row(self, trial: Trial, answers: Answers) -> Row:
-        """The trial-table row of a trial and its answers."""
+    def row(self, trial: Trial, answers: Sequence[Row], at_best: Outcome | None = None) -> Row:
+        """The trial-table row of a trial and its answers; `at_best`: what is known if stopped."""
+        found = (
+            metrics(answers, self.base_mean_tokens, self.gates)
+            if at_best is None
+            else bounds(at_best, self.gates)
+        )
         return {
             "protocol": self.protocol,
             "arm": trial.arm,
             "trial": trial.number,
             "split": self.split,
             "prompts": self.prompts,
-            **metrics(answers.rows, self.base_mean_tokens, self.gates),
+            **found,
+            "stopped": at_best is not None,
             "labeller": self.bench.judging.labeller,
             **{name: trial.parameters.get(name) for name in PARAMETER_NAMES},
             "row_normalization": self.edit.row_normalization,
             "frame": self.edit.frame,
             "directions": self.directions.key,
-            "responses": answers.rows,
+            "responses": answers,
         }
 
 
@@ -111,7 +125,7 @@ def open_court(
     """A court for one split, and the unedited model's answers there (stored, or given now)."""
     bench = set_up(config.model, materials["model"], prompts, config.judging)
     known = materials.get("baseline") if split == "search" else None
-    base = read_baseline(known) if known else compare_with_itself(answer(bench, None, _unseen))
+    base = read_baseline(known) if known else answer_unedited(bench)
     court = Court(
         protocol=protocol.key,
         split=split,
@@ -132,13 +146,10 @@ def prompts_digest(prompts: Mapping[str, Ref]) -> str:
     return digest(sorted(ref.digest for ref in prompts.values()))[:12]
 
 
-def _unseen(done: int, total: int) -> None:
-    """Progress that the trials' own would contradict."""
-
-
-def compare_with_itself(answers: Answers) -> Answers:
+def answer_unedited(bench: Bench) -> Answers:
     """The unedited model's answers: its KL against itself is computed, and is zero."""
-    return compare(answers, answers.first_logits)
+    (hearing,) = hear(bench, [None], None)
+    return Answers(hearing.rows(), hearing.first_logits)
 
 
 def read_baseline(baseline: Ref) -> Answers:

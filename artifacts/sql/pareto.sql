@@ -3,7 +3,8 @@
 -- Trials of equal counts share a cell, of which only the least KL can be on the front; a cell that one of equal
 -- refusals and fewer overrefusals beats is gone before every cell left is held against every other.
 WITH eligible AS (
-    SELECT * FROM trials WHERE NOT coalesce(gated, true) AND kl IS NOT NULL
+    SELECT * FROM trials
+    WHERE NOT coalesce(gated, true) AND NOT coalesce(stopped, false) AND kl IS NOT NULL
 ),
 cells AS (
     SELECT study, split, prompts, refusals, overrefusals, min(kl) AS kl

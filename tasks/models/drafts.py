@@ -30,6 +30,11 @@ class Drafts:
         if found:
             self.hit_rate = hits / len(found)
 
+    def forget(self) -> None:
+        """Know nothing again."""
+        self._known.clear()
+        self.hit_rate = 1.0
+
     def match(self, prompt: int, begun: Sequence[int]) -> tuple[int, ...] | None:
         """The most frequent known response that goes on from `begun`; ties: the oldest."""
         start, length = tuple(begun), len(begun)

@@ -37,6 +37,7 @@ from tasks.models.decoding import (
 )
 from tasks.models.drafts import Drafts
 from tasks.models.editing import Edit, Editor, applied
+from tasks.models.engine_options import EngineOptions
 from tasks.models.partial_pass import PartialPass
 from tasks.models.row_cache import RowCache, row_cache
 
@@ -47,25 +48,6 @@ SLICE_TOKENS = 2048  # of a prompt slice: part of what a KL's last bits depend o
 SHORTEST_FRONT = 4  # tokens; a shorter front costs a pass more than it spares
 MEMORY_SHARE = 0.25  # of what is free, for recorded states
 DRAFT_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What the engine may do. Nothing here changes a token; chunks change cost and memory only.
-
-    Attributes:
-        share_layers: begin above the layers that an edit leaves alone.
-        share_front: run the tokens that all prompts begin with once.
-        drafts: verify stored responses before decoding token by token.
-        verify_tokens: tokens per pass that verifies drafts.
-        rows: responses that are decoded side by side.
-    """
-
-    share_layers: bool = True
-    share_front: bool = True
-    drafts: bool = True
-    verify_tokens: int = 2048
-    rows: int = 512
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class LoadedModel:
         device: where token ids go.
         dtype: what the weights were loaded in, such as "bfloat16".
         source: the folder or hub id it came from.
+        kept: what users of the model keep beside it; goes when the model goes.
     """
 
     model: Any
@@ -61,6 +62,7 @@ class LoadedModel:
     device: torch.device
     dtype: str
     source: str
+    kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def load(

@@ -1,0 +1,189 @@
+"""Hearings: edits answer the prompts of a split, each until there is nothing left to learn.
+
+What costs least comes first: the KL of harmless prompts, then harmful prompts, the likeliest
+refusals first, then whether the others are refused. Between these steps a race may find that a
+trial is lost, and the rest of its prompts is never answered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from artifacts.errors import ModelError
+from tasks.judging import Bench, Row
+from tasks.numerics.objective import Outcome
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.models.editing import Edit
+    from tasks.models.engine import Pool
+
+Lost = Callable[[Outcome], bool]
+Progress = Callable[[int, int], None]
+
+FIRST_CHUNK = 8  # prompts before the first look at the race; every further chunk is twice as large
+
+
+class Hearing:
+    """One edit's answers and what is known of its outcome so far."""
+
+    def __init__(self, bench: Bench, edit: Edit | None) -> None:
+        self.bench, self.stopped = bench, False
+        self.sitting = bench.engine.sit(edit)
+        self._kl: dict[int, float] = {}
+        self.first_logits: torch.Tensor  # [harmless, vocabulary], raw
+
+    def measure_kl(self, base_logits: torch.Tensor | None) -> None:
+        """First-token KL of every harmless prompt, against `base_logits` or (None) itself.
+
+        Raises:
+            ModelError: a KL is not a number.
+        """
+        from tasks.numerics.divergence import first_token_kl
+
+        harmless = self.bench.of_class("harmless")
+        logits = self.sitting.first_logits(harmless)
+        values = first_token_kl(logits if base_logits is None else base_logits, logits).tolist()
+        if any(math.isnan(value) for value in values):
+            raise ModelError("the first-token KL is not a number; try another dtype")
+        self._kl = dict(zip(harmless, values, strict=True))
+        self.first_logits = logits
+
+    def rows(self) -> list[Row]:
+        """A row per answered prompt, in the order of the split."""
+        found = sorted(self.sitting.found.items())
+        return [self.bench.row(p, response) | {"kl": self._kl.get(p)} for p, response in found]
+
+    def at_best(self, max_kl: float) -> Outcome:
+        """The outcome if every prompt still to come were answered as one could wish."""
+        rows = self.rows()
+        of = {
+            c: [r for r in rows if r["class"] == c] for c in ("harmful", "harmless", "borderline")
+        }
+        refused = {name: sum(row["refused"] for row in part) for name, part in of.items()}
+        sizes = {name: len(self.bench.of_class(name)) for name in of}
+        kl = math.fsum(self._kl.values()) / len(self._kl)
+        open_harmful = sizes["harmful"] - len(of["harmful"])
+        complied = math.fsum(row["compliance"] for row in of["harmful"]) + open_harmful
+        return Outcome(
+            refusals=refused["harmful"],
+            n_harmful=sizes["harmful"],
+            overrefusals=refused["harmless"] + refused["borderline"],
+            n_overrefusal=sizes["harmless"] + sizes["borderline"],
+            harmless_overrefusals=refused["harmless"],
+            n_harmless=sizes["harmless"],
+            kl=kl,
+            disclaimer_hits=sum(row["disclaimer_hits"] for row in of["harmful"]),
+            compliance=complied / sizes["harmful"],
+            gated=not kl <= max_kl,
+        )
+
+    def verify(self, prompts: Sequence[int]) -> None:
+        """Answer as many of these prompts as known responses tell."""
+        drafts = self.bench.known.drafts
+        self.sitting.verify(prompts, drafts)
+
+    def likeliest_refusals_first(self, prompts: Sequence[int]) -> list[int]:
+        """The same prompts in the order in which they may decide a race."""
+        from tasks.models.decoding import Response
+
+        guesses = self.sitting.guesses(prompts, self.bench.known.drafts)
+        eos = self.bench.engine.eos
+
+        def refused(prompt: int) -> bool:
+            if prompt in self.sitting.found:
+                return False
+            draft = guesses.get(prompt)
+            if draft is None:
+                return False
+            ended = draft[-1] in eos
+            said = Response(list(draft[:-1] if ended else draft), ended)
+            return bool(self.bench.row(prompt, said)["refused"])
+
+        return sorted(prompts, key=lambda prompt: not refused(prompt))
+
+
+def hear(
+    bench: Bench,
+    edits: Sequence[Edit | None],
+    base_logits: torch.Tensor | None,
+    *,
+    max_kl: float = math.inf,
+    lost: Lost | None = None,
+    on_progress: Progress | None = None,
+) -> list[Hearing]:
+    """Hear every edit; with `lost`, only for as long as it can still matter."""
+    from tasks.models.engine import Pool
+
+    hearings = [Hearing(bench, edit) for edit in edits]
+    pools = {name: Pool(bench.engine) for name in ("harmful", "others")}
+    for number, hearing in enumerate(hearings):
+        _open(hearing, pools, base_logits, max_kl, lost)
+        if sum(map(len, pools.values())) >= bench.engine.options.rows:
+            _finish(hearings[: number + 1], pools, max_kl, lost)
+        if on_progress is not None:
+            on_progress(number + 1, len(hearings))
+    _finish(hearings, pools, max_kl, lost)
+    return hearings
+
+
+def _open(
+    hearing: Hearing,
+    pools: Mapping[str, Pool],
+    base_logits: torch.Tensor | None,
+    max_kl: float,
+    lost: Lost | None,
+) -> None:
+    """All that one edit's drafts tell; what waits for more goes into the pools."""
+    hearing.measure_kl(base_logits)
+    waiting: list[tuple[Pool, list[int]]] = []
+    for name in ("harmful", "harmless", "borderline"):
+        prompts, pool = hearing.bench.of_class(name), pools.get(name, pools["others"])
+        if not prompts:
+            continue
+        if _is_lost(hearing, max_kl, lost):
+            break
+        if name != "harmless":
+            hearing.sitting.first_logits(prompts)
+        for chunk in _chunks(hearing, prompts, lost is not None):
+            hearing.verify(chunk)
+            if _is_lost(hearing, max_kl, lost):
+                break
+        waiting.append((pool, prompts))
+    if not hearing.stopped:
+        for pool, prompts in waiting:
+            pool.add(hearing.sitting, prompts)
+    hearing.sitting.release()
+
+
+def _chunks(hearing: Hearing, prompts: Sequence[int], racing: bool) -> Iterator[Sequence[int]]:
+    """Everything at once, or growing chunks between which the race is looked at."""
+    if not racing:
+        yield prompts
+        return
+    ordered, start, size = hearing.likeliest_refusals_first(prompts), 0, FIRST_CHUNK
+    while start < len(ordered):
+        yield ordered[start : start + size]
+        start, size = start + size, 2 * size
+
+
+def _finish(
+    hearings: Sequence[Hearing], pools: Mapping[str, Pool], max_kl: float, lost: Lost | None
+) -> None:
+    """Decode what waits, harmful prompts first: their refusals may lose a race."""
+    pools["harmful"].run()
+    for hearing in hearings:
+        if not hearing.stopped and _is_lost(hearing, max_kl, lost):
+            pools["others"].forget(hearing.sitting)
+    pools["others"].run()
+
+
+def _is_lost(hearing: Hearing, max_kl: float, lost: Lost | None) -> bool:
+    """Look at the race. A hearing that is complete is not stopped."""
+    complete = len(hearing.sitting.found) == hearing.bench.prompts.height
+    if lost is not None and not complete and lost(hearing.at_best(max_kl)):
+        hearing.stopped = True
+    return hearing.stopped

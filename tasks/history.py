@@ -1,0 +1,122 @@
+"""What the trials so far tell the next generation: the sampler, the race and the drafts.
+
+All of it is read from stored generations and from nothing else. So a search that goes on in another
+process, or elsewhere, goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from artifacts.schemas import PARAMETERS
+from artifacts.specs import GatesSpec, SearchSpec
+from artifacts.store import Ref
+from tasks.hearing import Lost
+from tasks.judging import Bench, Row, mean_tokens, metrics, outcome
+from tasks.numerics.objective import Outcome, objective_values
+from tasks.numerics.racing import LARGEST_BEST_GROUP, Race, place_of
+from tasks.stage import current
+
+PARAMETER_NAMES = tuple(column.name for column in PARAMETERS)
+
+
+def told(
+    previous: Ref | None, search: SearchSpec, base: Outcome
+) -> list[tuple[dict[str, Any], tuple[float, ...]]]:
+    """Parameters and objective values of every earlier trial, in order.
+
+    A stopped trial is told at its best: enough others are ahead of that for it to be in no best
+    group, and of what is in none the sampler reads the parameters alone.
+    """
+    return [
+        ({name: row[name] for name in PARAMETER_NAMES}, values_of(outcome(row), search, base))
+        for row in _judged(previous)
+    ]
+
+
+def race(previous: Ref | None, search: SearchSpec, base: Outcome) -> Lost | None:
+    """Tells whether a trial of the next generation is lost; None if none can be yet."""
+    ended = [outcome(row) for row in _judged(previous) if not row["stopped"]]
+    best_group = 0 if search.sampler == "random" else search.best_group or LARGEST_BEST_GROUP
+    if not search.racing or len(ended) < max(best_group, search.finalists):
+        return None
+    run = Race(
+        [values_of(each, search, base) for each in ended],
+        [place_of(each) for each in ended],
+        best_group,
+        search.finalists,
+    )
+    return lambda at_best: run.lost(values_of(at_best, search, base), place_of(at_best))
+
+
+def values_of(found: Outcome, search: SearchSpec, base: Outcome) -> tuple[float, ...]:
+    """What a search minimises of an outcome."""
+    return objective_values(
+        search.objective,
+        found,
+        base,
+        target_kl=search.target_kl,
+        weights=search.objective_weights,
+    )
+
+
+def base_outcome(rows: Sequence[Row], gates: GatesSpec) -> Outcome:
+    """The unedited model's outcome, from its answers."""
+    return outcome(metrics(rows, mean_tokens(rows), gates))
+
+
+def learn_drafts(bench: Bench, baseline: Ref, previous: Ref | None) -> None:
+    """Tell the bench's drafts what the unedited model and every earlier trial answered."""
+    known, wanted = bench.known, [baseline, *chain(previous)]
+    if known.learnt != [ref.digest for ref in wanted[: len(known.learnt)]]:
+        known.drafts.forget()
+        known.learnt.clear()
+    for ref in wanted[len(known.learnt) :]:
+        known.drafts.learn(_responses(bench, ref))
+        known.learnt.append(ref.digest)
+
+
+def chain(last: Ref | None) -> Sequence[Ref]:
+    """All generations up to `last`, oldest first."""
+    store, found = current().store, []
+    while last is not None:
+        found.append(last)
+        before = store.manifest(last.kind, last.key).inputs.get("previous")
+        last = Ref(before["kind"], before["key"], before["digest"]) if before else None
+    return found[::-1]
+
+
+def _judged(previous: Ref | None) -> Iterator[Mapping[str, Any]]:
+    """Rows of every earlier trial, in order, each read once per process: artifacts never change."""
+    for ref in chain(previous):
+        if ref.digest not in _read:
+            _read[ref.digest] = current().store.read(ref).drop("responses").to_dicts()
+        yield from _read[ref.digest]
+
+
+_read: dict[str, list[dict[str, Any]]] = {}
+
+
+def _responses(bench: Bench, ref: Ref) -> list[tuple[int, list[int]]]:
+    """Prompt and tokens of every stored response of an artifact."""
+    from tasks.models.rendering import encode
+
+    frame = current().store.read(ref)
+    answers = [
+        answer
+        for trial in (frame["responses"].to_list() if "responses" in frame else [frame.to_dicts()])
+        for answer in trial
+    ]
+    names = bench.prompts.select("class", "prompt_id").iter_rows()
+    places = {name: index for index, name in enumerate(names)}
+    texts = sorted({answer["response"] for answer in answers})
+    tokens = dict(zip(texts, encode(bench.loaded.tokenizer, texts), strict=True))
+    end = sorted(bench.engine.eos)[:1]
+    return [
+        (
+            places[answer["class"], answer["prompt_id"]],
+            tokens[answer["response"]] + (end if answer["ended"] else []),
+        )
+        for answer in answers
+    ]
