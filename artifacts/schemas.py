@@ -122,6 +122,7 @@ STUDIES = _columns("""
 
 METRICS = _columns("""
     n_harmful | BIGINT | harmful prompts judged
+    answered_harmful | BIGINT | harmful prompts answered; fewer than judged only if stopped
     refusals | BIGINT | refused harmful prompts
     n_harmless | BIGINT | harmless prompts judged
     n_borderline | BIGINT | borderline-safe prompts judged

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from artifacts.errors import ModelError
 from tasks.judging import Bench, Row
+from tasks.numerics.labels import DISCLAIMER_MARKERS
 from tasks.numerics.objective import Outcome
 
 if TYPE_CHECKING:
     import torch
 
+    from tasks.models.drafts import Drafts
     from tasks.models.editing import Edit
     from tasks.models.engine import Pool
 
-Lost = Callable[[Outcome], bool]
+Lost = Callable[[Outcome, Outcome], bool]  # at best, at worst
 Progress = Callable[[int, int], None]
 
 FIRST_CHUNK = 8  # prompts before the first look at the race; every further chunk is twice as large
@@ -30,8 +33,8 @@ FIRST_CHUNK = 8  # prompts before the first look at the race; every further chun
 class Hearing:
     """One edit's answers and what is known of its outcome so far."""
 
-    def __init__(self, bench: Bench, edit: Edit | None) -> None:
-        self.bench, self.stopped = bench, False
+    def __init__(self, bench: Bench, edit: Edit | None, drafts: Drafts) -> None:
+        self.bench, self.drafts, self.stopped = bench, drafts, False
         self.sitting = bench.engine.sit(edit)
         self._kl: dict[int, float] = {}
         self.first_logits: torch.Tensor  # [harmless, vocabulary], raw
@@ -57,18 +60,18 @@ class Hearing:
         found = sorted(self.sitting.found.items())
         return [self.bench.row(p, response) | {"kl": self._kl.get(p)} for p, response in found]
 
-    def at_best(self, max_kl: float) -> Outcome:
-        """The outcome if every prompt still to come were answered as one could wish."""
+    def range_of_outcomes(self, max_kl: float) -> tuple[Outcome, Outcome]:
+        """The outcome if all prompts still to come are answered as one could wish, or fear."""
         rows = self.rows()
         of = {
             c: [r for r in rows if r["class"] == c] for c in ("harmful", "harmless", "borderline")
         }
         refused = {name: sum(row["refused"] for row in part) for name, part in of.items()}
         sizes = {name: len(self.bench.of_class(name)) for name in of}
+        still = {name: sizes[name] - len(part) for name, part in of.items()}
         kl = math.fsum(self._kl.values()) / len(self._kl)
-        open_harmful = sizes["harmful"] - len(of["harmful"])
-        complied = math.fsum(row["compliance"] for row in of["harmful"]) + open_harmful
-        return Outcome(
+        complied = math.fsum(row["compliance"] for row in of["harmful"])
+        best = Outcome(
             refusals=refused["harmful"],
             n_harmful=sizes["harmful"],
             overrefusals=refused["harmless"] + refused["borderline"],
@@ -77,20 +80,34 @@ class Hearing:
             n_harmless=sizes["harmless"],
             kl=kl,
             disclaimer_hits=sum(row["disclaimer_hits"] for row in of["harmful"]),
-            compliance=complied / sizes["harmful"],
+            compliance=(complied + still["harmful"]) / sizes["harmful"],
             gated=not kl <= max_kl,
         )
+        worst = replace(
+            best,
+            refusals=best.refusals + still["harmful"],
+            overrefusals=best.overrefusals + still["harmless"] + still["borderline"],
+            harmless_overrefusals=best.harmless_overrefusals + still["harmless"],
+            disclaimer_hits=best.disclaimer_hits + still["harmful"] * len(DISCLAIMER_MARKERS),
+            compliance=complied / sizes["harmful"],
+            gated=best.gated or any(still.values()),
+        )
+        return best, worst
 
     def verify(self, prompts: Sequence[int]) -> None:
         """Answer as many of these prompts as known responses tell."""
-        drafts = self.bench.known.drafts
-        self.sitting.verify(prompts, drafts)
+        self.sitting.verify(prompts, self.drafts)
+
+    def said(self) -> list[tuple[int, list[int]]]:
+        """Prompt and tokens of every response."""
+        end = sorted(self.bench.engine.eos)[:1]
+        return [(p, r.tokens + (end if r.ended else [])) for p, r in self.sitting.found.items()]
 
     def likeliest_refusals_first(self, prompts: Sequence[int]) -> list[int]:
         """The same prompts in the order in which they may decide a race."""
         from tasks.models.decoding import Response
 
-        guesses = self.sitting.guesses(prompts, self.bench.known.drafts)
+        guesses = self.sitting.guesses(prompts, self.drafts)
         eos = self.bench.engine.eos
 
         def refused(prompt: int) -> bool:
@@ -115,15 +132,23 @@ def hear(
     lost: Lost | None = None,
     on_progress: Progress | None = None,
 ) -> list[Hearing]:
-    """Hear every edit; with `lost`, only for as long as it can still matter."""
+    """Hear every edit; with `lost`, only for as long as it can still matter.
+
+    Without a race the later ones draw on what the first one said. With one, when a trial stops
+    must not depend on its neighbours, so all draw on earlier generations alone.
+    """
     from tasks.models.engine import Pool
 
-    hearings = [Hearing(bench, edit) for edit in edits]
+    drafts = bench.known.drafts if lost else bench.known.drafts.copy()
+    hearings = [Hearing(bench, edit, drafts) for edit in edits]
     pools = {name: Pool(bench.engine) for name in ("harmful", "others")}
     for number, hearing in enumerate(hearings):
         _open(hearing, pools, base_logits, max_kl, lost)
-        if sum(map(len, pools.values())) >= bench.engine.options.rows:
+        first = lost is None and number == 0
+        if first or sum(map(len, pools.values())) >= bench.engine.options.rows:
             _finish(hearings[: number + 1], pools, max_kl, lost)
+        if first:
+            drafts.learn(hearing.said())
         if on_progress is not None:
             on_progress(number + 1, len(hearings))
     _finish(hearings, pools, max_kl, lost)
@@ -184,6 +209,6 @@ def _finish(
 def _is_lost(hearing: Hearing, max_kl: float, lost: Lost | None) -> bool:
     """Look at the race. A hearing that is complete is not stopped."""
     complete = len(hearing.sitting.found) == hearing.bench.prompts.height
-    if lost is not None and not complete and lost(hearing.at_best(max_kl)):
+    if lost is not None and not complete and lost(*hearing.range_of_outcomes(max_kl)):
         hearing.stopped = True
     return hearing.stopped

@@ -26,8 +26,8 @@ def told(
 ) -> list[tuple[dict[str, Any], tuple[float, ...]]]:
     """Parameters and objective values of every earlier trial, in order.
 
-    A stopped trial is told at its best: enough others are ahead of that for it to be in no best
-    group, and of what is in none the sampler reads the parameters alone.
+    A stopped trial is told at its best. Either that is all the objective looks at, or enough others
+    are ahead of it for it to be in no best group, of which the sampler reads the parameters alone.
     """
     return [
         ({name: row[name] for name in PARAMETER_NAMES}, values_of(outcome(row), search, base))
@@ -38,16 +38,28 @@ def told(
 def race(previous: Ref | None, search: SearchSpec, base: Outcome) -> Lost | None:
     """Tells whether a trial of the next generation is lost; None if none can be yet."""
     ended = [outcome(row) for row in _judged(previous) if not row["stopped"]]
+    final = [outcome(row) for row in _judged(previous) if _is_final(row, search)]
     best_group = 0 if search.sampler == "random" else search.best_group or LARGEST_BEST_GROUP
-    if not search.racing or len(ended) < max(best_group, search.finalists):
+    if not search.racing or len(ended) < search.finalists:
         return None
     run = Race(
-        [values_of(each, search, base) for each in ended],
+        [values_of(each, search, base) for each in final],
         [place_of(each) for each in ended],
         best_group,
         search.finalists,
     )
-    return lambda at_best: run.lost(values_of(at_best, search, base), place_of(at_best))
+
+    def lost(best: Outcome, worst: Outcome) -> bool:
+        values = values_of(best, search, base), values_of(worst, search, base)
+        return run.lost(*values, place_of(best))
+
+    return lost
+
+
+def _is_final(row: Mapping[str, Any], search: SearchSpec) -> bool:
+    """Whether the objective's values of a trial are known, not only bounded."""
+    harmful_known = bool(row["answered_harmful"] == row["n_harmful"])
+    return not row["stopped"] or (search.objective == "heretic" and harmful_known)
 
 
 def values_of(found: Outcome, search: SearchSpec, base: Outcome) -> tuple[float, ...]:
@@ -69,7 +81,7 @@ def base_outcome(rows: Sequence[Row], gates: GatesSpec) -> Outcome:
 def learn_drafts(bench: Bench, baseline: Ref, previous: Ref | None) -> None:
     """Tell the bench's drafts what the unedited model and every earlier trial answered."""
     known, wanted = bench.known, [baseline, *chain(previous)]
-    if known.learnt != [ref.digest for ref in wanted[: len(known.learnt)]]:
+    if not known.learnt or known.learnt != [ref.digest for ref in wanted[: len(known.learnt)]]:
         known.drafts.forget()
         known.learnt.clear()
     for ref in wanted[len(known.learnt) :]:

@@ -119,6 +119,7 @@ def metrics(rows: Sequence[Row], base_mean_tokens: float, gates: GatesSpec) -> R
     kl = [r["kl"] for r in of["harmless"]]
     found: Row = {
         "n_harmful": len(of["harmful"]),
+        "answered_harmful": len(of["harmful"]),
         "refusals": refused["harmful"],
         "n_harmless": len(of["harmless"]),
         "n_borderline": len(borderline),
@@ -137,10 +138,11 @@ def metrics(rows: Sequence[Row], base_mean_tokens: float, gates: GatesSpec) -> R
     return found | {"gated": reason is not None, "gate_reason": reason}
 
 
-def bounds(at_best: Outcome, gates: GatesSpec) -> Row:
+def bounds(answers: Sequence[Row], at_best: Outcome, gates: GatesSpec) -> Row:
     """The metrics of a stopped trial: its KL, and of the rest the best they could still be."""
     return {
         "n_harmful": at_best.n_harmful,
+        "answered_harmful": sum(row["class"] == "harmful" for row in answers),
         "refusals": at_best.refusals,
         "n_harmless": at_best.n_harmless,
         "n_borderline": at_best.n_overrefusal - at_best.n_harmless,

@@ -86,7 +86,7 @@ class Court:
             self.row(
                 trial,
                 hearing.rows(),
-                hearing.at_best(self.gates.max_kl) if hearing.stopped else None,
+                hearing.range_of_outcomes(self.gates.max_kl)[0] if hearing.stopped else None,
             )
             for trial, hearing in zip(trials, hearings, strict=True)
         ]
@@ -96,7 +96,7 @@ class Court:
         found = (
             metrics(answers, self.base_mean_tokens, self.gates)
             if at_best is None
-            else bounds(at_best, self.gates)
+            else bounds(answers, at_best, self.gates)
         )
         return {
             "protocol": self.protocol,
@@ -149,6 +149,8 @@ def prompts_digest(prompts: Mapping[str, Ref]) -> str:
 def answer_unedited(bench: Bench) -> Answers:
     """The unedited model's answers: its KL against itself is computed, and is zero."""
     (hearing,) = hear(bench, [None], None)
+    if not bench.known.learnt:
+        bench.known.drafts.learn(hearing.said())
     return Answers(hearing.rows(), hearing.first_logits)
 
 

@@ -35,6 +35,13 @@ class Drafts:
         self._known.clear()
         self.hit_rate = 1.0
 
+    def copy(self) -> Drafts:
+        """Drafts that can learn more without these knowing."""
+        twin = Drafts()
+        twin._known = {prompt: known.copy() for prompt, known in self._known.items()}
+        twin.hit_rate = self.hit_rate
+        return twin
+
     def match(self, prompt: int, begun: Sequence[int]) -> tuple[int, ...] | None:
         """The most frequent known response that goes on from `begun`; ties: the oldest."""
         start, length = tuple(begun), len(begun)

@@ -2,7 +2,8 @@
 
 TPE looks at which trials are in its best group and at nothing else of the rest, and the ranking is
 lexicographic. So a trial that enough judged ones are ahead of, whatever it has still to answer, is
-lost: stopping it changes no later proposal and no finalist. Source: design, "The trial engine".
+lost: stopping it changes no later proposal and no finalist. The sampler is done with a trial also
+when nothing that is still to come can change its values. Source: design, "The trial engine".
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ Place = tuple[bool, int, int, float]
 
 @dataclass(frozen=True)
 class Race:
-    """The trials that were judged to their end, as the sampler and as the ranking see them.
+    """What a newcomer races against.
 
-    A trial is lost if, at its best, at least `best_group` of them are ahead of it for the sampler
-    and at least `finalists` of them rank before it. Trials that were stopped are not among them.
+    Attributes:
+        values: what the sampler minimises, of every trial whose values are final.
+        places: what the ranking sorts by, of every trial that was judged to its end.
+        best_group: trials ahead of it, for the sampler, with which a trial is lost.
+        finalists: trials ranked before it with which a trial is lost.
     """
 
     values: Sequence[Values]
@@ -32,11 +36,12 @@ class Race:
     best_group: int
     finalists: int
 
-    def lost(self, values: Values, place: Place) -> bool:
-        """Whether a trial is lost whose values and place can only become worse than these."""
+    def lost(self, values: Values, worst: Values, place: Place) -> bool:
+        """Whether a trial is lost whose values end between these and whose place is no better."""
+        if sum(other < place for other in self.places) < self.finalists:
+            return False
         ahead = sum(dominates(other, values) for other in self.values)
-        before = sum(other < place for other in self.places)
-        return ahead >= self.best_group and before >= self.finalists
+        return values == worst or ahead >= self.best_group
 
 
 def dominates(one: Values, other: Values) -> bool:
