@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +20,8 @@ QUIT, RESET = ("/quit", "/exit"), "/reset"
 def converse(conversation: Conversation, title: str) -> None:
     """Answer lines of stdin until they end, or until one says so. Replies go to stdout."""
     on_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     _tell(title)
     for line in _typed() if on_terminal else sys.stdin:
         said = line.strip()
@@ -34,10 +37,10 @@ def converse(conversation: Conversation, title: str) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Lines that a person types, until Ctrl-D."""
+    """Lines that a person types, until Ctrl-D or Ctrl-C."""
     with suppress(ImportError):
         import readline  # noqa: F401 - input() then edits the line and remembers earlier ones
-    with suppress(EOFError):
+    with suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input("> ")
     sys.stdout.write("\n")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tasks.stage import Reporter, Runtime
     from tasks.stored_trials import StoredTrial
 
+SMALL_RANK = 16  # up to here an adapter is what people expect of one
 TERMINATED = 143  # exit status of a process that SIGTERM ended
 
 
@@ -69,7 +70,8 @@ ChatArgument = Annotated[
     typer.Argument(metavar="TRIAL", help="as in show; or 'base': the study's unedited model"),
 ]
 TemperatureOption = Annotated[
-    float, typer.Option("--temperature", min=0, help="0: the likeliest token, as judging does")
+    float,
+    typer.Option("--temperature", min=0, max=100, help="0: the likeliest token, as judging does"),
 ]
 LengthOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest reply, tokens")]
 SeedOption = Annotated[int, typer.Option("--seed", help="of what a temperature draws")]
@@ -222,6 +224,8 @@ def _facts(folder: Path, wish: Wish, exported: Exported) -> Iterator[str]:
             f"  {len(written.ranks)} modules, {written.shown_ranks}; error {written.error:.3g} of "
             f"the change (Frobenius), at most {wish.max_error:g} asked"
         )
+    if max(written.ranks.values(), default=0) > SMALL_RANK:
+        yield "  a larger --max-error makes it smaller: 0.1 often leaves a rank below 10"
     if written.loaded_by == "weights":
         yield "  audited without PEFT, which is not installed: pip install 'tribunal[export]'"
 

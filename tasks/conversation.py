@@ -42,8 +42,10 @@ class Conversation:
         self.messages.clear()
 
     def say(self, text: str) -> Iterator[str]:
-        """The reply to a turn, piece by piece. What was said stays, of a reply that is broken off
-        as far as it got; nothing stays of a turn that has no reply.
+        """The reply to a turn, piece by piece.
+
+        What was said stays; of a reply that is broken off, its beginning. Nothing stays of a turn
+        that failed before there was any.
 
         Raises:
             ModelError: the conversation no longer fits the model, or its logits are not finite.
@@ -63,13 +65,14 @@ class Conversation:
             temperature=self.manner.temperature,
             generator=self.generator,
         )
-        reply = ""
+        reply, whole = "", False
         try:
             for piece in pieces(self.loaded, tokens):
                 reply += piece
                 yield piece
+            whole = True
         finally:
-            if reply:
+            if reply or whole:
                 self.messages = [*said, {"role": "assistant", "content": prefix + reply}]
 
 
@@ -86,6 +89,6 @@ def open_conversation(stored: StoredTrial, edited: bool, manner: Manner) -> Conv
         court, _ = stored.court()
         loaded, edit = court.bench.loaded, court.edit_of(stored.trial.parameters)
     else:
-        loaded, edit = open_model(stored.spec(), [card.dtype]), None
+        loaded, edit = open_model(stored.spec, [card.dtype]), None
     generator = torch.Generator().manual_seed(manner.seed)
     return Conversation(loaded, card, edit, manner, generator)

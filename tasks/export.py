@@ -165,8 +165,9 @@ def _write_and_audit(stored: StoredTrial, partial: Path, wish: Wish) -> tuple[Wr
 
 
 def _is_exact(stored: StoredTrial, written: Written) -> bool:
-    rounding = 1e-6  # of factors in float32
-    return stored.dtype == written.dtype == "float32" and written.error <= rounding
+    from tasks.models.adapters import ROUNDING
+
+    return stored.dtype == written.dtype == "float32" and written.error <= ROUNDING
 
 
 def _merged(
@@ -176,7 +177,7 @@ def _merged(
     from tasks.models import exporting
     from tasks.models.baking import bake_edit
 
-    loaded, spec = bench.loaded, stored.spec()
+    loaded, spec = bench.loaded, stored.spec
     dtype = wish.dtype or exporting.checkpoint_dtype(loaded, spec.revision, spec.trust_remote_code)
     exporting.cast(loaded, exporting.wider(stored.dtype, dtype))
     bake_edit(loaded.anatomy, edit)
@@ -226,7 +227,7 @@ def _adapter(
 
     dtype = wish.dtype or "float32"
     adapter = adapters.adapter_of(bench.loaded, edit, wish.max_error, dtype)
-    adapters.write_adapter(adapter, partial, base_name(stored), stored.spec().revision)
+    adapters.write_adapter(adapter, partial, base_name(stored), stored.spec.revision)
     adapters.require_same_adapter(partial, adapter)
     by = adapters.attach(bench.loaded, partial)
     ranks = {path: factors.rank for path, factors in adapter.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import polars as pl
@@ -13,7 +14,8 @@ from artifacts.errors import ModelError
 from artifacts.specs import Config, ModelSpec
 from artifacts.store import Manifest, Ref, Store
 from tasks.judging import Answers
-from tasks.models.identity import local_folder, resolve
+from tasks.models.identity import local_folder
+from tasks.probe import model_identity
 from tasks.remeasure import input_of, prompts_of
 from tasks.trials import Court, Trial, open_court, trial_of
 
@@ -49,6 +51,7 @@ class StoredTrial:
         """The precision that it was judged in."""
         return str(self.model["dtype"])
 
+    @cached_property
     def spec(self) -> ModelSpec:
         """The model's spec, pinned to what was measured.
 
@@ -58,7 +61,8 @@ class StoredTrial:
         spec, measured = self.config.model, str(self.model["identity"])
         if local_folder(spec.id) is None:
             return spec.model_copy(update={"revision": measured.rpartition("@")[2]})
-        if resolve(spec.id, spec.revision).digest != measured:
+        identity: Any = model_identity(spec)
+        if identity["content"] != measured:
             raise ModelError(
                 f"the model in '{spec.id}' is not the one that study '{self.study}' measured; put "
                 "that one back, or run the study anew"
@@ -67,7 +71,7 @@ class StoredTrial:
 
     def court(self) -> tuple[Court, Answers]:
         """The court that judged it, with the model loaded, and the unedited model's answers."""
-        config = self.config.model_copy(update={"model": self.spec()})
+        config = self.config.model_copy(update={"model": self.spec})
         return open_court("search", config, self.protocol, self.materials, self.prompts)
 
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from artifacts.errors import ModelError
 from tasks.models.baking import require_writable
 from tasks.models.editing import Edit, Place
+from tasks.models.exporting import file_errors
 from tasks.models.loading import LoadedModel, quiet
-from tasks.numerics.low_rank import Factors, change_factors
+from tasks.numerics.low_rank import Factors, change_factors, relative_error
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ROUNDING = 1e-6  # of factors in float32, relative
 _PREFIX = "base_model.model."  # what PEFT puts before a module's path
 
 
@@ -35,13 +37,14 @@ def adapter_of(loaded: LoadedModel, edit: Edit, max_error: float, dtype: str) ->
     """Factors of every edited module's change, by the module's path in the model.
 
     Raises:
-        ModelError: the edit changes no module, or a weight is quantised.
+        ModelError: the edit changes no module, a weight is quantised, or rounding to `dtype` alone
+            leaves more than `max_error` (float32's own rounding is let pass).
     """
     if not edit.modules:
         raise ModelError("this trial's edit changes no module: there is nothing to adapt")
     require_writable(loaded.anatomy, edit.modules)
     paths = module_paths(loaded)
-    return {
+    adapter = {
         paths[place]: change_factors(
             loaded.anatomy.writers[place[0]][place[1]].weight,
             output_edit,
@@ -50,6 +53,13 @@ def adapter_of(loaded: LoadedModel, edit: Edit, max_error: float, dtype: str) ->
         )
         for place, output_edit in edit.modules.items()
     }
+    error = relative_error(list(adapter.values()))
+    if error > max(max_error, ROUNDING):
+        raise ModelError(
+            f"an adapter in {dtype} has an error {error:.3g} of the change, more than "
+            f"{max_error:g}; give --dtype float32 or a larger --max-error"
+        )
+    return adapter
 
 
 def module_paths(loaded: LoadedModel) -> dict[Place, str]:
@@ -69,7 +79,8 @@ def write_adapter(
 
     `base` and `revision`: what the configuration calls the model that the adapter belongs to.
     """
-    save_file(_tensors(adapter), folder / WEIGHTS, metadata={"format": "pt"})
+    with file_errors():
+        save_file(_tensors(adapter), folder / WEIGHTS, metadata={"format": "pt"})
     config = _config({path: factors.rank for path, factors in adapter.items()}, base, revision)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 

@@ -6,6 +6,7 @@ Made for one conversation at a time, so it is the plain loop that the batches of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -31,7 +32,7 @@ def reply_tokens(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """New tokens up to, and without, the first that ends the response.
+    """New tokens up to, and without, the first that ends the response; as many as have room.
 
     Args:
         prompt: a conversation, rendered and encoded.
@@ -39,14 +40,13 @@ def reply_tokens(
         generator: what they are drawn with, on the CPU.
 
     Raises:
-        ModelError: the prompt and `max_new_tokens` do not fit the model's positions, or logits are
-            not finite.
+        ModelError: the prompt leaves no position for a reply, or logits are not finite.
     """
-    _require_room(loaded, len(prompt) + max_new_tokens)
+    longest = min(max_new_tokens, _room(loaded, len(prompt)))
     ends, cache = set(eos_ids(loaded)), DynamicCache(config=loaded.model.config)
     ids = torch.tensor([list(prompt)], device=loaded.device)
     with applied(loaded.anatomy, [edit]) if edit else nullcontext():
-        for _ in range(max_new_tokens):
+        for _ in range(longest):
             output = loaded.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
@@ -57,13 +57,17 @@ def reply_tokens(
             ids = torch.tensor([[token]], device=loaded.device)
 
 
-def _require_room(loaded: LoadedModel, wanted: int) -> None:
-    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and wanted > room:
+def _room(loaded: LoadedModel, taken: int) -> int:
+    """Positions that a prompt of `taken` tokens leaves."""
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return sys.maxsize
+    if taken >= positions:
         raise ModelError(
-            f"the conversation and its reply may take {wanted} tokens, and the model has {room} "
-            "positions; /reset begins anew, and a smaller --max-new-tokens leaves more room"
+            f"the conversation takes {taken} tokens, and the model has {positions} positions; "
+            "/reset begins anew"
         )
+    return int(positions) - taken
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:
@@ -84,7 +88,7 @@ def pieces(loaded: LoadedModel, tokens: Iterator[int]) -> Iterator[str]:
         whole = loaded.tokenizer.decode(
             found, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        if whole.startswith(shown) and not whole.endswith(_CUT):
+        if whole != shown and whole.startswith(shown) and not whole.endswith(_CUT):
             yield whole[len(shown) :]
             shown = whole
     if whole.startswith(shown) and whole != shown:

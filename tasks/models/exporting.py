@@ -7,11 +7,13 @@ alike but holds something else is not the model that was measured.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -60,11 +62,20 @@ def write_model(loaded: LoadedModel, folder: Path, shard_size: str = SHARD_SIZE)
         ModelError: transformers cannot write it; disk errors come through as they are.
     """
     try:
-        with quiet():
+        with quiet(), file_errors():
             loaded.model.save_pretrained(folder, max_shard_size=shard_size)
             loaded.tokenizer.save_pretrained(folder)
     except ValueError as error:
         raise ModelError(f"cannot write the model: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Let a full disk be an OSError, which safetensors calls an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def tensor_digests(model: Any, dtype: str) -> dict[str, str]:

@@ -81,12 +81,19 @@ def _outer(weight: Tensor, edit: OutputEdit) -> tuple[Tensor, Tensor]:
 
 
 def _truncated(change: Tensor, max_error: float) -> tuple[Tensor, Tensor]:
-    """Factors of the smallest rank, 1 at least; both carry the root of the singular values."""
-    u, s, v = torch.linalg.svd(change, full_matrices=False)
-    left = s.square().flip(0).cumsum(0).flip(0)  # left[r]: squared error of rank r
+    """Factors of the smallest rank, 1 at least; both carry the root of the singular values.
+
+    By the eigenvectors of change change^T [d, d], which take a fraction of the time of a singular
+    value decomposition where a weight is much wider than high. They find singular values down to
+    1e-8 of the largest, far below what factors in float32 can hold.
+    """
+    squares, u = torch.linalg.eigh(change @ change.T)
+    squares, u = squares.clamp(min=0).flip(0), u.flip(1)
+    left = squares.flip(0).cumsum(0).flip(0)  # left[r]: squared error of rank r
     rank = max(1, int((left > max_error**2 * left[0]).sum()))
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank]
+    rows = u[:, :rank].T @ change
+    root = torch.linalg.vector_norm(rows, dim=1).sqrt().clamp(min=torch.finfo(rows.dtype).tiny)
+    return u[:, :rank] * root, rows / root[:, None]
 
 
 def _squared(matrix: Tensor) -> float:
