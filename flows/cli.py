@@ -341,21 +341,21 @@ def show(
 
 
 @app.command(epilog="Example: tribunal test organism/17")
-def test(trial: TrialArgument) -> None:
+def test(trial: TrialArgument, study: StudyOption = None) -> None:
     """The test split's result of a study's frozen trial; any other trial is refused."""
     from flows import results
 
     store = open_store()
-    study, number = results.find_trial(store, trial)
-    results.trial_rows(store, study, number)
-    frozen = results.frozen(store, study)
+    name, number = results.find_trial(store, trial, study)
+    results.trial_rows(store, name, number)
+    frozen = results.frozen(store, name)
     if number != frozen:
         raise TestSplitSpent(
-            f"the test split of '{study}' belongs to trial {frozen}, which was frozen by the "
+            f"the test split of '{name}' belongs to trial {frozen}, which was frozen by the "
             f"selection split before it was opened; trial '{number}' cannot be tested on it. "
             "Only new test prompts in the config can test another trial"
         )
-    display.print_test(display.console(), results.rows_on_test(store, study))
+    display.print_test(display.console(), results.rows_on_test(store, name))
 
 
 @app.command(epilog="Example: tribunal relabel --labeller prefix-strict --study organism")

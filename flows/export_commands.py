@@ -227,7 +227,7 @@ def _facts(folder: Path, wish: Wish, exported: Exported) -> Iterator[str]:
     if max(written.ranks.values(), default=0) > SMALL_RANK:
         yield "  a larger --max-error makes it smaller: 0.1 often leaves a rank below 10"
     if written.loaded_by == "weights":
-        yield "  audited without PEFT, which is not installed: pip install 'tribunal[export]'"
+        yield "  audited without PEFT, which is not installed: pip install -e '.[export]'"
 
 
 def chat(
