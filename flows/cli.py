@@ -341,7 +341,7 @@ def show(
 
 
 @app.command(epilog="Example: tribunal test organism/17")
-def test(trial: TrialArgument, study: StudyOption = None) -> None:
+def test(trial: TrialArgument, study: StudyOption = None) -> None:  # noqa: PT028 - a command
     """The test split's result of a study's frozen trial; any other trial is refused."""
     from flows import results
 
