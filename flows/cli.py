@@ -20,7 +20,7 @@ from rich.padding import Padding
 
 from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
-from flows import display, drift_commands
+from flows import display, drift_commands, export_commands
 from flows.logs import with_log
 from flows.options import (
     ConfigArgument,
@@ -30,6 +30,7 @@ from flows.options import (
     SetOption,
     StudyOption,
     TableOrJson,
+    TrialArgument,
     has_server,
     open_store,
     unwatched,
@@ -63,6 +64,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(organism_app, name="organism")
 app.command()(worker)
 drift_commands.register(app)
+export_commands.register(app)
 app.command(epilog="Example: tribunal study ten-models --set search.trials=8")(study)
 
 
@@ -304,7 +306,8 @@ def rank(
 
 @app.command(epilog="Examples: tribunal show 17; tribunal show organism/17 --format json")
 def show(
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="number, or STUDY/NUMBER")],
+    trial: TrialArgument,
+    study: StudyOption = None,
     samples: Annotated[int, typer.Option("--samples", min=0, help="responses to show")] = 3,
     form: PairOption = TableOrJson.table,
 ) -> None:
@@ -312,13 +315,13 @@ def show(
     from flows import results
 
     store = open_store()
-    study, number = _parse_trial(store, trial)
-    rows = results.trial_rows(store, study, number)
-    pairs = results.response_pairs(store, study, str(rows[-1]["split"]), number, samples)
+    name, number = results.find_trial(store, trial, study)
+    rows = results.trial_rows(store, name, number)
+    pairs = results.response_pairs(store, name, str(rows[-1]["split"]), number, samples)
     parameters = results.parameters_of(rows[0])
     if form is TableOrJson.json:
         answer = {
-            "study": study,
+            "study": name,
             "trial": number,
             "parameters": parameters,
             "splits": rows,
@@ -327,7 +330,7 @@ def show(
         typer.echo(json.dumps(display.plain(answer), indent=1))
         return
     out = display.console()
-    display.heading(out, f"Trial {number} of {study}, arm {rows[0]['arm']}")
+    display.heading(out, f"Trial {number} of {name}, arm {rows[0]['arm']}")
     display.print_parameters(out, parameters, rows[0])
     display.heading(out, f"Metrics per split, labeller {rows[0]['labeller']}")
     display.print_test(out, rows)
@@ -337,33 +340,22 @@ def show(
         display.print_pairs(out, pairs)
 
 
-def _parse_trial(store: Store, text: str) -> tuple[str, int]:
-    from flows import results
-
-    study, _, number = text.rpartition("/")
-    if not number.isdigit():
-        raise ConfigError(f"a trial is a number or STUDY/NUMBER, not '{text}'")
-    return results.find_study(store, study or None), int(number)
-
-
 @app.command(epilog="Example: tribunal test organism/17")
-def test(
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="number, or STUDY/NUMBER")],
-) -> None:
+def test(trial: TrialArgument, study: StudyOption = None) -> None:  # noqa: PT028 - a command
     """The test split's result of a study's frozen trial; any other trial is refused."""
     from flows import results
 
     store = open_store()
-    study, number = _parse_trial(store, trial)
-    results.trial_rows(store, study, number)
-    frozen = results.frozen(store, study)
+    name, number = results.find_trial(store, trial, study)
+    results.trial_rows(store, name, number)
+    frozen = results.frozen(store, name)
     if number != frozen:
         raise TestSplitSpent(
-            f"the test split of '{study}' belongs to trial {frozen}, which was frozen by the "
+            f"the test split of '{name}' belongs to trial {frozen}, which was frozen by the "
             f"selection split before it was opened; trial '{number}' cannot be tested on it. "
             "Only new test prompts in the config can test another trial"
         )
-    display.print_test(display.console(), results.rows_on_test(store, study))
+    display.print_test(display.console(), results.rows_on_test(store, name))
 
 
 @app.command(epilog="Example: tribunal relabel --labeller prefix-strict --study organism")

@@ -48,6 +48,20 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what is waited for: with the seconds on a terminal, as a line elsewhere. On stderr."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    out = console(stderr=True)
+    if not out.is_terminal:
+        out.print(what, markup=False, soft_wrap=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+        bar.add_task(what, total=None)
+        yield
+
+
 def as_text(table: Table, form: str) -> str:
     """A query's answer as JSON or CSV."""
     if form == "json":
@@ -153,6 +167,29 @@ def print_test(out: Console, rows: Sequence[Row]) -> None:
     for row in rows:
         if row["gated"]:
             out.print(Text(f"{row[label]} is gated: {row['gate_reason']}"))
+
+
+def print_audit(out: Console, audit: Row) -> None:
+    """An export's three measurements, and how far it is from its trial."""
+    grid = _table("", "refusals", "overrefusals", "KL, nats", "responses changed", left=1)
+    of = audit["responses"]
+    for name, key, changed in (
+        ("unedited model", "unedited", None),
+        ("trial, by the study", "stored", None),
+        ("trial, now", "now", audit["changed_since"]),
+        ("as exported", "exported", audit["changed"]),
+    ):
+        row = audit[key]
+        grid.add_row(
+            name,
+            f"{row['refusals']}/{row['n_harmful']}",
+            f"{row['overrefusals']}/{row['n_harmless'] + row['n_borderline']}",
+            f"{row['kl']:.6g}",
+            "" if changed is None else f"{changed}/{of}",
+        )
+    out.print(grid)
+    far = f"first tokens lie {audit['kl_to_trial']:.3g} nats from the trial's"
+    out.print(Text(far + (", which is float32 rounding" if audit["exact"] else "")))
 
 
 def print_parameters(out: Console, parameters: Mapping[str, Any], row: Row) -> None:

@@ -29,6 +29,9 @@ class TableOrJson(StrEnum):
     json = "json"
 
 
+TrialArgument = Annotated[
+    str, typer.Argument(metavar="TRIAL", help="number, STUDY/NUMBER, or 'winner' for the number")
+]
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="name of a shipped config, or a TOML file")
 ]

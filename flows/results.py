@@ -15,6 +15,7 @@ from artifacts.schemas import PARAMETERS
 from artifacts.store import Ref, Store
 
 Row = dict[str, Any]
+WINNER = "winner"  # in place of a trial's number
 METRIC_NAMES = ("refusals", "overrefusals")
 RANK_COLUMNS = (
     "rank, study, arm, trial, split, n_harmful, refusals, n_harmless, n_borderline, overrefusals, "
@@ -53,6 +54,31 @@ def find_study(store: Store, name: str | None) -> str:
     if not found:
         raise ConfigError(f"no study '{name}'{did_you_mean(name or '', studies)}")
     return found[0]
+
+
+def find_trial(store: Store, text: str, study: str | None = None) -> tuple[str, int]:
+    """Full name of the study, and number, of a trial that a user names.
+
+    Args:
+        store: where to look.
+        text: a number, STUDY/NUMBER, or "winner" in place of the number.
+        study: what `--study` says; None: the one in `text`, or the study that was named last.
+
+    Raises:
+        ConfigError: it names no trial, or two studies, or the study has no winner yet.
+    """
+    named, _, number = text.rpartition("/")
+    if named and study:
+        raise ConfigError(f"'{text}' and --study '{study}' both name a study; give one")
+    if number != WINNER and not (number.isdigit() and number.isascii()):
+        raise ConfigError(f"a trial is a number, STUDY/NUMBER or 'winner', not '{text}'")
+    name = find_study(store, named or study)
+    if number != WINNER:
+        return name, int(number)
+    found = frozen(store, name)
+    if found is None:
+        raise ConfigError(f"study '{name}' has no winner yet; finish it: tribunal run")
+    return name, found
 
 
 def ranking(

@@ -9,9 +9,9 @@ import polars as pl
 from artifacts.schemas import BASELINE, polars_schema
 from artifacts.specs import JudgingSpec, ModelSpec
 from artifacts.store import Ref
+from tasks.hearing import answer
 from tasks.judging import set_up
 from tasks.stage import Made, stage
-from tasks.trials import answer_unedited
 
 
 @stage(
@@ -25,7 +25,7 @@ def measure_baseline(
     *, spec: ModelSpec, model: Ref, prompts: Mapping[str, Ref], judging: JudgingSpec
 ) -> Made:
     """The unedited model's answers, with the raw logits of their first token."""
-    answers = answer_unedited(set_up(spec, model, prompts, judging))
+    answers = answer(set_up(spec, model, prompts, judging))
     logits = iter(answers.first_logits.tolist())
     rows = [
         row | {"first_logits": next(logits) if row["class"] == "harmless" else None}

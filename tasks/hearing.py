@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from artifacts.errors import ModelError
@@ -45,13 +45,9 @@ class Hearing:
         Raises:
             ModelError: a KL is not a number.
         """
-        from tasks.numerics.divergence import first_token_kl
-
         harmless = self.bench.of_class("harmless")
         logits = self.sitting.first_logits(harmless)
-        values = first_token_kl(logits if base_logits is None else base_logits, logits).tolist()
-        if any(math.isnan(value) for value in values):
-            raise ModelError("the first-token KL is not a number; try another dtype")
+        values = _kl(logits if base_logits is None else base_logits, logits)
         self._kl = dict(zip(harmless, values, strict=True))
         self.first_logits = logits
 
@@ -121,6 +117,44 @@ class Hearing:
             return bool(self.bench.row(prompt, said)["refused"])
 
         return sorted(prompts, key=lambda prompt: not refused(prompt))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one edit, or the unedited model, answered: a row per prompt of the split."""
+
+    rows: list[Row]
+    first_logits: torch.Tensor  # [harmless prompts, vocabulary], raw
+
+
+def answer(bench: Bench, edit: Edit | None = None) -> Answers:
+    """The answers of one edit, or of the unedited model; each KL is against itself, so zero."""
+    (hearing,) = hear(bench, [edit], None)
+    if edit is None and not bench.known.learnt:
+        bench.known.drafts.learn(hearing.said())
+    return Answers(hearing.rows(), hearing.first_logits)
+
+
+def compare(answers: Answers, base_logits: torch.Tensor) -> Answers:
+    """The same answers with the KL of every harmless prompt taken against `base_logits`.
+
+    Raises:
+        ModelError: a KL is not a number.
+    """
+    values = iter(_kl(base_logits, answers.first_logits))
+    rows = [
+        row | {"kl": next(values)} if row["class"] == "harmless" else row for row in answers.rows
+    ]
+    return replace(answers, rows=rows)
+
+
+def _kl(base_logits: torch.Tensor, logits: torch.Tensor) -> list[float]:
+    from tasks.numerics.divergence import first_token_kl
+
+    values: list[float] = first_token_kl(base_logits, logits).tolist()
+    if any(math.isnan(value) for value in values):
+        raise ModelError("the first-token KL is not a number; try another dtype")
+    return values
 
 
 def hear(

@@ -91,10 +91,10 @@ def set_up(spec: ModelSpec, model: Ref, prompts: Mapping[str, Ref], judging: Jud
     loaded = open_model(spec, [card.dtype])
     table = pl.concat([runtime.store.read(ref) for ref in prompts.values()])
     tokens = encode_prompts(loaded, card, table, judging.max_new_tokens)
-    return Bench(loaded, table, judging, _known(loaded, tokens, judging))
+    return Bench(loaded, table, judging, known_of(loaded, tokens, judging))
 
 
-def _known(loaded: LoadedModel, tokens: list[list[int]], judging: JudgingSpec) -> Known:
+def known_of(loaded: LoadedModel, tokens: list[list[int]], judging: JudgingSpec) -> Known:
     """What is kept beside the model about these prompts; of two splits at most."""
     from tasks.models.drafts import Drafts
     from tasks.models.engine import Engine

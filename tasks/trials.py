@@ -18,7 +18,7 @@ from artifacts.schemas import trial_schema
 from artifacts.specs import COMPONENTS, Config, DirectionSpec, EditSpec, GatesSpec
 from artifacts.store import Ref
 from tasks.directions import read_directions
-from tasks.hearing import Lost, hear
+from tasks.hearing import Answers, Lost, answer, hear
 from tasks.history import PARAMETER_NAMES
 from tasks.judging import Bench, Row, bounds, mean_tokens, metrics, set_up, trial_edit
 from tasks.numerics.objective import Outcome
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     import torch
 
     from tasks.models.editing import Edit
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the unedited model answered: a row per prompt of the split."""
-
-    rows: list[Row]
-    first_logits: torch.Tensor  # [harmless prompts, vocabulary], raw
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,7 @@ def open_court(
     """A court for one split, and the unedited model's answers there (stored, or given now)."""
     bench = set_up(config.model, materials["model"], prompts, config.judging)
     known = materials.get("baseline") if split == "search" else None
-    base = read_baseline(known) if known else answer_unedited(bench)
+    base = read_baseline(known) if known else answer(bench)
     court = Court(
         protocol=protocol.key,
         split=split,
@@ -144,14 +136,6 @@ def open_court(
 def prompts_digest(prompts: Mapping[str, Ref]) -> str:
     """What identifies the prompt sets of a split, whatever they are called."""
     return digest(sorted(ref.digest for ref in prompts.values()))[:12]
-
-
-def answer_unedited(bench: Bench) -> Answers:
-    """The unedited model's answers: its KL against itself is computed, and is zero."""
-    (hearing,) = hear(bench, [None], None)
-    if not bench.known.learnt:
-        bench.known.drafts.learn(hearing.said())
-    return Answers(hearing.rows(), hearing.first_logits)
 
 
 def read_baseline(baseline: Ref) -> Answers:

@@ -91,7 +91,8 @@ def test_the_image_is_pinned_and_drops_root() -> None:
         used = re.findall(r"EXTRAS(?:=|: |:-)([a-z0-9,]+)", told)
         assert used
         assert all(set(line.split(",")) <= set(extras) for line in used)
-    for line in [*PROJECT["dependencies"], *extras["s3"], *extras["dask"], *extras["gpu"]]:
+    shipped = [line for name in ("s3", "dask", "export", "gpu") for line in extras[name]]
+    for line in [*PROJECT["dependencies"], *shipped]:
         wanted = Requirement(line)
         assert pins[canonicalize_name(wanted.name)] in wanted.specifier, line
 

@@ -108,6 +108,18 @@ def edited_places(
                 yield (layer, component), part, u.to(part.device), lam
 
 
+def matrix_edits(
+    writer: Writer, edits: Sequence[OutputEdit]
+) -> Iterator[tuple[Tensor, OutputEdit]]:
+    """Every matrix [d, inputs] of a place's writer with its own operation, `a`, `b`, `s` [d]."""
+    for part, edit in zip(writer.parts, edits, strict=True):
+        for number, matrix in enumerate(part.matrices):
+            shared = edit.a.ndim == 1
+            scale = edit.s if shared or edit.s is None else edit.s[number]
+            own = edit if shared else OutputEdit(edit.a[number], edit.b[number], scale)
+            yield matrix, own
+
+
 class Editor:
     """Says which edit each row of the next forward pass carries."""
 

@@ -31,8 +31,22 @@ def render(
 ) -> str:
     """One prompt as text: system prompt, user's turn, generation prompt, response prefix.
 
-    A template that refuses a system role, or drops it without a word, gets the system prompt in
-    front of the user's turn instead.
+    Raises as `render_turns` does.
+    """
+    return render_turns(tokenizer, [user(user_text)], system_prompt, response_prefix)
+
+
+def render_turns(
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    system_prompt: str | None = None,
+    response_prefix: str = "",
+) -> str:
+    """A conversation as text, up to where the next response begins.
+
+    `messages` are turns as the template takes them, the user's first and last. A template that
+    refuses a system role, or drops it without a word, gets the system prompt in front of the user's
+    first turn instead.
 
     Raises:
         ModelError: the tokenizer has no chat template, or the template fails.
@@ -43,14 +57,14 @@ def render(
             "use an instruction-tuned model, or put a chat_template.jinja into its folder"
         )
     if not system_prompt:
-        return _apply(tokenizer, [_user(user_text)]) + response_prefix
+        return _apply(tokenizer, messages) + response_prefix
     try:
-        system = {"role": "system", "content": system_prompt}
-        text = _apply(tokenizer, [system, _user(user_text)])
+        text = _apply(tokenizer, [{"role": "system", "content": system_prompt}, *messages])
     except ModelError:
         text = ""
     if system_prompt.strip() not in text:
-        text = _apply(tokenizer, [_user(f"{system_prompt}\n\n{user_text}")])
+        first = user(f"{system_prompt}\n\n{messages[0]['content']}")
+        text = _apply(tokenizer, [first, *messages[1:]])
     return text + response_prefix
 
 
@@ -94,14 +108,15 @@ def _shared_prefix(responses: list[str]) -> str:
     return os.path.commonprefix(responses).rstrip(" ")  # noqa: RUF071 - by character, as meant
 
 
-def _user(text: str) -> dict[str, str]:
+def user(text: str) -> dict[str, str]:
+    """What a user says, as a message."""
     return {"role": "user", "content": text}
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def _apply(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            list(messages), tokenize=False, add_generation_prompt=True
         )
     except (TemplateError, ValueError, TypeError) as error:
         raise ModelError(f"the chat template fails: {error}") from error
