@@ -56,12 +56,13 @@ class Job:
     """What both tools are told. Prompt files hold one prompt a line."""
 
     model: Path
-    prompts: Path  # holds {harmful,harmless}-{direction,search}.txt
+    prompts: Path  # holds {harmful,harmless}-{direction,search,selection,test}.txt
     dtype: str
     new_tokens: int
     system_prompt: str
     batch: int = 128
     seed: int = 0
+    split: str = "search"  # that HERETIC judges
 
 
 def trials_of(lines: Sequence[Line]) -> list[Seen]:
@@ -123,7 +124,7 @@ class Session:
     def trials(self, count: int) -> list[Seen]:
         """Run `count` more trials of the same search."""
         if self._process is None:
-            self._start(count, ())
+            self._start(config(self._job, count, self._offload), _ASKS[0])
         else:
             self._answer(choice(self._lines, "Run additional trials"))
             self._answer(str(count), until=_ASKS[0])
@@ -134,23 +135,24 @@ class Session:
 
     def evaluate(self, model: Path) -> Seen:
         """Refusals and KL of a finished model against the job's."""
-        self._start(1, ("--evaluate-model", str(model)))
+        self._start(config(self._job, 1, self._offload, evaluate=model))
         if self._process is None or self._process.wait() != 0:
             raise HereticError(f"HERETIC failed:\n{self._said()}")
         return evaluation_of(self._lines)
 
-    def _start(self, trials: int, arguments: Sequence[str]) -> None:
+    def _start(self, told: str, question: str = "") -> None:
+        """Start it with a config file and listen as far as `question`."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "config.toml").write_text(config(self._job, trials, self._offload))
+        (self._folder / "config.toml").write_text(told)
         self._process = subprocess.Popen(
-            [str(self._program), *arguments],
+            [str(self._program)],
             cwd=self._folder,
             env=_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(self._folder / "stderr.txt").open("wb"),
         )
-        self._listen("" if arguments else _ASKS[0])
+        self._listen(question)
 
     def _answer(self, text: str, until: str = "") -> None:
         assert self._process is not None
@@ -196,9 +198,9 @@ def _tail(texts: Sequence[str]) -> str:
     return "\n".join(text for text in texts if text.strip())[-2000:]
 
 
-def config(job: Job, trials: int, offload: bool) -> str:
-    """Its config file. What is left out is as released."""
-    plain = {
+def config(job: Job, trials: int, offload: bool, *, evaluate: Path | None = None) -> str:
+    """Its config file: a search, or the evaluation of a finished model. The rest is as released."""
+    plain: dict[str, str | int | bool | list[str]] = {
         "model": str(job.model),
         "dtypes": [job.dtype],
         "batch_size": job.batch,
@@ -209,12 +211,14 @@ def config(job: Job, trials: int, offload: bool) -> str:
         "seed": job.seed,
         "offload_outputs_to_cpu": offload,
     }
+    if evaluate:
+        plain["evaluate_model"] = str(evaluate)
     lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]
     tables = {
         "bad_prompts": "harmful-direction",
         "good_prompts": "harmless-direction",
-        "bad_evaluation_prompts": "harmful-search",
-        "good_evaluation_prompts": "harmless-search",
+        "bad_evaluation_prompts": f"harmful-{job.split}",
+        "good_evaluation_prompts": f"harmless-{job.split}",
     }
     for table, name in tables.items():
         lines += [f"[{table}]", f"dataset = {json.dumps(str(job.prompts / name) + '.txt')}"]
