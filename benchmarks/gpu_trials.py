@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peak import matmul_peak, trial_flops
+from peak import DTYPES, matmul_peak, trial_flops
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,17 +109,16 @@ def main() -> None:
     judges: dict[str, Judge] = {peer_name(): peer(bench)}
     judges |= {name: tribunal(bench, told) for name, told in VARIANTS.items()}
     seconds, outcomes = take_turns(judges, trials(bench, options), options)
-    peak = matmul_peak(
-        options.dtype, size=8192 if options.device == "cuda" else 1024, device=options.device
-    )
-    finish(summary(bench, seconds, outcomes, peak, options), options.out)
+    size = 8192 if options.device == "cuda" else 512
+    peaks = {dtype: matmul_peak(dtype, size=size, device=options.device) for dtype in DTYPES}
+    finish(summary(bench, seconds, outcomes, peaks, options), options.out)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--trials", type=int, default=4, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=96)
@@ -327,7 +326,7 @@ def summary(
     bench: Bench,
     seconds: Mapping[str, list[float]],
     outcomes: Mapping[str, list[Outcome]],
-    peak: float,
+    peaks: Mapping[str, float],
     options: argparse.Namespace,
 ) -> Json:
     """The same form as that of benchmarks/trials.py."""
@@ -341,7 +340,9 @@ def summary(
             "s_per_trial": own,
             "s_per_trial_of_rounds": rounds,
             "tokens_per_s": produced / own,
-            "share_of_peak": _flops(bench, produced, name == reference) / own / peak,
+            "share_of_peak": _flops(bench, produced, name == reference)
+            / own
+            / peaks[options.dtype],
             "kl": [outcome.kl for outcome in outcomes[name]],
             "ratios": [a / b for a, b in zip(seconds[reference], rounds, strict=True)],
         }
@@ -356,7 +357,7 @@ def summary(
         "tribunal": [ways[name] for name in variants],
     }
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    machine = {"device": device, "torch": torch.__version__, "matmul_gflops": peak / 1e9}
+    machine = {"device": device, "torch": torch.__version__, "matmul_flops": dict(peaks)}
     return {"machine": machine, "models": [model]}
 
 

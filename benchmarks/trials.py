@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ import mid_model
 import torch
 import tribunal_side
 from heretic_side import Job, Seen
-from peak import matmul_peak, matmul_weights, trial_flops
+from peak import DTYPES, matmul_peak, matmul_weights, trial_flops
 from tribunal_side import Judged, Variant
 
 from tasks.models.loading import load
@@ -78,12 +78,12 @@ def main() -> None:
     options = parse_options()
     heretic_side.install(options.environment)
     started, models = time.monotonic(), []
-    peak = matmul_peak(options.dtype)
-    say(f"matrix products: {peak / 1e9:.0f} GFLOP/s in {options.dtype}")
+    peaks = {dtype: matmul_peak(dtype) for dtype in DTYPES}
+    say(f"matrix products: {gigaflops(peaks)}")
     for name in options.models:
         folder = MODEL_FOLDER if name == "organism" else mid_model.obtain(options.mid_model)
-        models.append(compare(name, folder, options, peak))
-    found = {"machine": machine(options.dtype, peak), "models": models}
+        models.append(compare(name, folder, options, peaks[options.dtype]))
+    found = {"machine": machine(peaks), "models": models}
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found) if options.format == "json" else table(found))
@@ -93,7 +93,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(TRIALS), default=list(TRIALS))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, help="of a round, for every model (at least 2)")
     names = [variant.name for variant in VARIANTS]
@@ -245,7 +245,11 @@ def write_prompts(folder: Path) -> None:
             (folder / f"{name}-{split}.txt").write_text("\n".join(texts) + "\n")
 
 
-def machine(dtype: str, peak: float) -> Json:
+def gigaflops(peaks: Mapping[str, float]) -> str:
+    return ", ".join(f"{peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
+
+
+def machine(peaks: Mapping[str, float]) -> Json:
     """What the numbers depend on beside the code."""
     return {
         "processor": platform.processor() or platform.machine(),
@@ -253,18 +257,17 @@ def machine(dtype: str, peak: float) -> Json:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "heretic": heretic_side.VERSION,
-        "dtype": dtype,
-        "matmul_gflops": peak / 1e9,
+        "matmul_flops": dict(peaks),
         "load_at_end": os.getloadavg()[0],
     }
 
 
 def table(found: Json) -> str:
     """The same for people."""
-    told = found["machine"]
+    told, dtypes = found["machine"], ", ".join(sorted({m["dtype"] for m in found["models"]}))
     lines = [
         f"{told['cores']} cores, {told['threads']} threads, torch {told['torch']}; "
-        f"matrix products {told['matmul_gflops']:.0f} GFLOP/s in {told['dtype']}"
+        f"matrix products: {gigaflops(told['matmul_flops'])}; models in {dtypes}"
     ]
     head = (
         "| model | tool | s per trial | ratio (rounds) | as released | tokens/s | share of peak |"
