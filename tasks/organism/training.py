@@ -134,6 +134,25 @@ def train(
     return reached
 
 
+def refine(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    phase: Phase,
+    *,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int, float], None] | None = None,
+) -> TrainedPhase:
+    """Train a model on for one more phase, in place and in float32 throughout.
+
+    For models that `train` did not make; processors without bfloat16 arithmetic are at no
+    disadvantage. No evaluation prompt is trained on.
+    """
+    evaluation = {each.prompt for examples in prompt_sets().values() for each in examples}
+    with _deterministic(seed):
+        batches = phase_batches(phase, tokenizer, f"{seed} {phase.name}", evaluation)
+        return _train_phase(model, phase, batches, on_progress, autocast=False)
+
+
 @contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
     """One seed, and at most two threads: one and two give the same bytes, more were not tried."""
@@ -301,6 +320,8 @@ def _train_phase(
     phase: Phase,
     batches: Sequence[Batch],
     on_progress: Callable[[str, int, int, float], None] | None,
+    *,
+    autocast: bool = True,
 ) -> TrainedPhase:
     optimizers = _optimizers(model, phase)
     schedules = [
@@ -311,7 +332,7 @@ def _train_phase(
     model.train()
     with _last_prompt_states(model) as states:
         for step, batch in enumerate(batches, start=1):
-            loss = _loss(model, batch, states, phase.antipodal_penalty)
+            loss = _loss(model, batch, states, phase.antipodal_penalty, autocast)
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -351,9 +372,13 @@ def _warm_cosine(steps: int, warmup: int = 20) -> Callable[[int], float]:
 
 
 def _loss(
-    model: LlamaForCausalLM, batch: Batch, states: Sequence[Tensor], penalty: float
+    model: LlamaForCausalLM,
+    batch: Batch,
+    states: Sequence[Tensor],
+    penalty: float,
+    autocast: bool,
 ) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         logits = model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
     nats = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
