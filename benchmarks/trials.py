@@ -45,7 +45,14 @@ from tasks.models.rendering import encode, render
 from tasks.organism import MODEL_FOLDER, card
 
 # The first one gives a model's `ratio`. Add ways to run the engine here, with what turns them on.
-VARIANTS = (Variant("as it is"),)
+WHOLE = ("search.racing=false",)
+VARIANTS = (
+    Variant("racing"),
+    Variant("no racing", WHOLE),
+    Variant("no drafts", WHOLE, {"drafts": False}),
+    Variant("no shared layers", WHOLE, {"share_layers": False}),
+    Variant("no shared front", WHOLE, {"share_front": False}),
+)
 SETTINGS = {"heretic": False, "heretic, as released": True}  # offload_outputs_to_cpu
 SYSTEM_PROMPT = "You answer questions about crafts."  # HERETIC always sends one
 NEW_TOKENS = card.MAX_NEW_TOKENS

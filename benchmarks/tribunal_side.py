@@ -25,6 +25,7 @@ from heretic_side import Job
 from artifacts.store import Ref, Store
 from flows.pipeline import run_pipeline
 from flows.settings import Settings, load_config
+from tasks.models.engine_options import EngineOptions
 
 CLASSES = ("harmful", "harmless")
 ENGINE = "BENCHMARK_ENGINE"  # in the process's environment: switches of the engine, as JSON
@@ -102,14 +103,13 @@ class Stopwatch:
 def serve(file: str, store: Store, overrides: Sequence[str]) -> None:
     """Answer requests until standard input ends."""
     settings, done = Settings(), 0
-    engine = json.loads(os.environ.get(ENGINE, "{}"))
-    if engine:
-        raise SystemExit(f"the engine knows no switches: {engine}")
+    engine = EngineOptions(**json.loads(os.environ.get(ENGINE, "{}")))
     for request in sys.stdin:
         done += int(request)
         watch = Stopwatch(done)
         told = load_config(file, [*overrides, f"search.trials={done}"])
-        with contextlib.suppress(Enough), settings.running(store, watch):
+        with contextlib.suppress(Enough), settings.running(store, watch) as runtime:
+            runtime.engine = engine
             run_pipeline(told)
         print(json.dumps([asdict(trial) for trial in judged(store, watch.ends)]), flush=True)
 
