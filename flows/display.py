@@ -103,6 +103,9 @@ def print_query(out: Console, table: Table) -> None:
     out.print(Text(f"{len(table.rows)} row{'' if len(table.rows) == 1 else 's'}", style="dim"))
 
 
+STOPPED = "stopped: could no longer matter; its counts are lower bounds"
+
+
 def print_ranking(out: Console, rows: Sequence[Row], frozen: int | None) -> None:
     """The strict ranking: refusals, overrefusals, KL; the frozen trial is starred."""
     if not rows:
@@ -114,15 +117,22 @@ def print_ranking(out: Console, rows: Sequence[Row], frozen: int | None) -> None
         star = "*" if row["trial"] == frozen and row["arm"] not in CONTROLS else ""
         grid.add_row(
             star,
-            str(row["rank"]),
+            "-" if row["rank"] is None else str(row["rank"]),
             _cell(row["trial"]),
             *([row["arm"]] if arms else []),
-            f"{row['refusals']}/{row['n_harmful']}",
-            f"{row['overrefusals']}/{row['n_harmless'] + row['n_borderline']}",
+            f"{_at_least(row)}{row['refusals']}/{row['n_harmful']}",
+            f"{_at_least(row)}{row['overrefusals']}/{row['n_harmless'] + row['n_borderline']}",
             number(row["kl"]),
-            row["gate_reason"] or "",
+            row["gate_reason"] or ("stopped" if row.get("stopped") else ""),
         )
     out.print(grid)
+    if any(row.get("stopped") for row in rows):
+        out.print(Text(STOPPED, style="dim"))
+
+
+def _at_least(row: Row) -> str:
+    """The sign before a count that is a lower bound."""
+    return "≥" if row.get("stopped") else ""
 
 
 def print_winners(out: Console, rows: Sequence[Row]) -> None:
@@ -152,10 +162,11 @@ def print_test(out: Console, rows: Sequence[Row]) -> None:
         low, high = row["kl_interval"]
         grid.add_row(
             row[label],
-            f"{row['refusals']}/{row['n_harmful']} ({_percent(row['refusals_interval'])})",
-            f"{row['overrefusals']}/{row['n_harmless'] + row['n_borderline']} "
+            f"{_at_least(row)}{row['refusals']}/{row['n_harmful']} "
+            f"({_percent(row['refusals_interval'])})",
+            f"{_at_least(row)}{row['overrefusals']}/{row['n_harmless'] + row['n_borderline']} "
             f"({_percent(row['overrefusals_interval'])})",
-            f"{number(row['kl'])} ({_bound(low)}-{_bound(high)})",
+            f"{number(row['kl'])} ({_bounds(low, high)})",
         )
     out.print(grid)
     out.print(
@@ -167,6 +178,8 @@ def print_test(out: Console, rows: Sequence[Row]) -> None:
     for row in rows:
         if row["gated"]:
             out.print(Text(f"{row[label]} is gated: {row['gate_reason']}"))
+        if row.get("stopped"):
+            out.print(Text(f"{row[label]}: {STOPPED}"))
 
 
 def print_audit(out: Console, audit: Row) -> None:
@@ -231,8 +244,8 @@ def print_details(out: Console, rows: Sequence[Row]) -> None:
             f"{row['overrefusals_harmless']}/{row['n_harmless']}",
             f"{row['overrefusals_borderline']}/{row['n_borderline']}",
             number(row["kl_max"]),
-            f"{100 * row['degenerate']:.1f} %",
-            f"{row['mean_tokens']:.1f}",
+            "-" if row["degenerate"] is None else f"{100 * row['degenerate']:.1f} %",
+            "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.1f}",
             "failed" if row["gated"] else "passed",
         )
     out.print(grid)
@@ -287,8 +300,15 @@ def _cell(value: Any) -> str:
 
 
 def _percent(interval: tuple[float, float]) -> str:
+    if math.isnan(interval[0]):
+        return "-"
     low, high = (f"{100 * x:.1f}" for x in interval)
     return f"{low}-{high}"
+
+
+def _bounds(low: float, high: float) -> str:
+    """A KL's interval; a dash where there is none."""
+    return "-" if math.isnan(low) else f"{_bound(low)}-{_bound(high)}"
 
 
 def _bound(value: float) -> str:

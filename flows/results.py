@@ -19,7 +19,8 @@ WINNER = "winner"  # in place of a trial's number
 METRIC_NAMES = ("refusals", "overrefusals")
 RANK_COLUMNS = (
     "rank, study, arm, trial, split, n_harmful, refusals, n_harmless, n_borderline, overrefusals, "
-    "overrefusals_harmless, overrefusals_borderline, kl, gated, gate_reason, labeller, r.prompts"
+    "overrefusals_harmless, overrefusals_borderline, kl, gated, gate_reason, "
+    "coalesce(stopped, false) AS stopped, labeller, r.prompts"
 )
 
 
@@ -91,7 +92,7 @@ def ranking(
             connection,
             f"SELECT {RANK_COLUMNS} FROM ranking r JOIN newest_prompts n USING (protocol, split) "
             "WHERE study = $1 AND split = $2 AND r.prompts = coalesce($3, n.prompts) "
-            f"ORDER BY rank {limit}",
+            f"ORDER BY rank, trial {limit}",
             [study, split, prompts],
         )
 
@@ -189,9 +190,11 @@ def _with_intervals(row: Row) -> Row:
     from tasks.numerics.intervals import bootstrap_mean, clopper_pearson
 
     sizes = {"refusals": row["n_harmful"], "overrefusals": row["n_harmless"] + row["n_borderline"]}
+    unknown = math.nan, math.nan
     for name in METRIC_NAMES:
-        row[f"{name}_interval"] = clopper_pearson(row[name], sizes[name])
+        found = unknown if row["stopped"] else clopper_pearson(row[name], sizes[name])
+        row[f"{name}_interval"] = found
     kls = row.pop("kls")
-    finite = bool(kls) and all(map(math.isfinite, kls))
+    finite = bool(kls) and not row["stopped"] and all(map(math.isfinite, kls))
     row["kl_interval"] = bootstrap_mean(kls, seed=0) if finite else (math.nan, math.nan)
     return row

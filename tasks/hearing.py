@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from artifacts.errors import ModelError
@@ -37,6 +38,7 @@ class Hearing:
         self.bench, self.drafts, self.stopped = bench, drafts, False
         self.sitting = bench.engine.sit(edit)
         self._kl: dict[int, float] = {}
+        self._rows: dict[int, Row] = {}
         self.first_logits: torch.Tensor  # [harmless, vocabulary], raw
 
     def measure_kl(self, base_logits: torch.Tensor | None) -> None:
@@ -53,8 +55,11 @@ class Hearing:
 
     def rows(self) -> list[Row]:
         """A row per answered prompt, in the order of the split."""
-        found = sorted(self.sitting.found.items())
-        return [self.bench.row(p, response) | {"kl": self._kl.get(p)} for p, response in found]
+        for prompt, response in self.sitting.found.items():
+            if prompt not in self._rows:
+                row = self.bench.row(prompt, response)
+                self._rows[prompt] = row | {"kl": self._kl.get(prompt)}
+        return [row for _, row in sorted(self._rows.items(), key=itemgetter(0))]
 
     def range_of_outcomes(self, max_kl: float) -> tuple[Outcome, Outcome]:
         """The outcome if all prompts still to come are answered as one could wish, or fear."""

@@ -91,12 +91,17 @@ def learn_drafts(bench: Bench, baseline: Ref, previous: Ref | None) -> None:
 
 def chain(last: Ref | None) -> Sequence[Ref]:
     """All generations up to `last`, oldest first."""
-    store, found = current().store, []
+    found = []
     while last is not None:
         found.append(last)
-        before = store.manifest(last.kind, last.key).inputs.get("previous")
-        last = Ref(before["kind"], before["key"], before["digest"]) if before else None
+        if last not in _before:
+            told = current().store.manifest(last.kind, last.key).inputs.get("previous")
+            _before[last] = Ref(told["kind"], told["key"], told["digest"]) if told else None
+        last = _before[last]
     return found[::-1]
+
+
+_before: dict[Ref, Ref | None] = {}
 
 
 def _judged(previous: Ref | None) -> Iterator[Mapping[str, Any]]:

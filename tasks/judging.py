@@ -101,13 +101,13 @@ def known_of(loaded: LoadedModel, tokens: list[list[int]], judging: JudgingSpec)
 
     options = replace(current().engine, rows=current().rows)
     name = digest([tokens, judging.max_new_tokens, judging.labeller, repr(options)])
-    if name not in loaded.kept:
-        while len(loaded.kept) >= SPLITS_KEPT:
-            del loaded.kept[next(iter(loaded.kept))]
+    splits: dict[str, Known] = loaded.kept.setdefault("splits", {})
+    if name not in splits:
+        while len(splits) >= SPLITS_KEPT:
+            del splits[next(iter(splits))]
         engine = Engine(loaded, tokens, max_new_tokens=judging.max_new_tokens, options=options)
-        loaded.kept[name] = Known(engine, Drafts())
-    known: Known = loaded.kept[name]
-    return known
+        splits[name] = Known(engine, Drafts())
+    return splits[name]
 
 
 def metrics(rows: Sequence[Row], base_mean_tokens: float, gates: GatesSpec) -> Row:

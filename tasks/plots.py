@@ -17,13 +17,17 @@ def plot_trials(leaderboard: pl.DataFrame) -> bytes:
     """Refusals against KL of a study's search trials, the Pareto front and the first in rank."""
     from matplotlib.figure import Figure
 
-    search = leaderboard.filter(pl.col("split") == "search").sort("rank")
-    passed, gated = search.filter(~pl.col("gated")), search.filter(pl.col("gated"))
+    search = leaderboard.filter(pl.col("split") == "search").sort("rank", nulls_last=True)
+    judged, stopped = search.filter(~pl.col("stopped")), search.filter(pl.col("stopped"))
+    passed, gated = judged.filter(~pl.col("gated")), judged.filter(pl.col("gated"))
     front, best = passed.filter(pl.col("pareto")).sort("kl"), search.row(0, named=True)
     figure = Figure(figsize=(7.2, 4.4), dpi=144, layout="constrained")
     axes = figure.add_subplot()
     if gated.height:
         axes.scatter(gated["kl"], gated["refusals"], c=GREY, marker="x", label="gated")
+    if stopped.height:
+        label = "stopped: at least so many refusals"
+        axes.scatter(stopped["kl"], stopped["refusals"], c=GREY, s=18, marker="^", label=label)
     axes.step(front["kl"], front["refusals"], where="post", c=BLUE, lw=1, label="Pareto front")
     axes.scatter(passed["kl"], passed["refusals"], c=BLUE, s=26, label="passed the gates")
     first = f"first in rank: trial {best['trial']}"

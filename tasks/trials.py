@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -22,6 +23,7 @@ from tasks.hearing import Answers, Lost, answer, hear
 from tasks.history import PARAMETER_NAMES
 from tasks.judging import Bench, Row, bounds, mean_tokens, metrics, set_up, trial_edit
 from tasks.numerics.objective import Outcome
+from tasks.probe import open_model, read_card
 from tasks.stage import current
 
 if TYPE_CHECKING:
@@ -114,7 +116,42 @@ def open_court(
     materials: Mapping[str, Ref],
     prompts: Mapping[str, Ref],
 ) -> tuple[Court, Answers]:
-    """A court for one split, and the unedited model's answers there (stored, or given now)."""
+    """A court for one split, and the unedited model's answers there (stored, or given now).
+
+    A search asks for the same one again and again, so that one is kept beside its model.
+    """
+    if split != "search":
+        return _open_court(split, config, protocol, materials, prompts)
+    loaded = open_model(config.model, [read_card(materials["model"]).dtype])
+    name = _name(split, config, protocol, materials, prompts)
+    if loaded.kept.get("court", ("",))[0] != name:
+        court = _open_court(split, config, protocol, materials, prompts)
+        loaded.kept["court"] = name, court
+    opened: tuple[Court, Answers] = loaded.kept["court"][1]
+    return opened
+
+
+def _name(
+    split: str,
+    config: Config,
+    protocol: Ref,
+    materials: Mapping[str, Ref],
+    prompts: Mapping[str, Ref],
+) -> str:
+    """What tells a court from others of the same model."""
+    refs = {**materials, **prompts, "protocol": protocol}
+    told = {name: [ref.kind, ref.key, ref.digest] for name, ref in refs.items()}
+    runtime = current()
+    return digest([split, config.model_dump(mode="json"), told, repr(runtime.engine), runtime.rows])
+
+
+def _open_court(
+    split: str,
+    config: Config,
+    protocol: Ref,
+    materials: Mapping[str, Ref],
+    prompts: Mapping[str, Ref],
+) -> tuple[Court, Answers]:
     bench = set_up(config.model, materials["model"], prompts, config.judging)
     known = materials.get("baseline") if split == "search" else None
     base = read_baseline(known) if known else answer(bench)
@@ -139,7 +176,12 @@ def prompts_digest(prompts: Mapping[str, Ref]) -> str:
 
 
 def read_baseline(baseline: Ref) -> Answers:
-    """The stored answers of the unedited model."""
+    """The stored answers of the unedited model, read once: nobody writes into them."""
+    return _read_baseline(baseline)
+
+
+@lru_cache(maxsize=2)
+def _read_baseline(baseline: Ref) -> Answers:
     import torch
 
     frame = current().store.read(baseline)

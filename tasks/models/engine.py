@@ -48,6 +48,7 @@ SLICE_TOKENS = 2048  # of a prompt slice: part of what a KL's last bits depend o
 SHORTEST_FRONT = 4  # tokens; a shorter front costs a pass more than it spares
 MEMORY_SHARE = 0.25  # of what is free, for recorded states
 DRAFT_ROUNDS = 3
+FEW = 64  # rows
 
 
 @dataclass
@@ -466,8 +467,9 @@ class Pool:
 
     def run(self) -> None:
         """Decode everything, and tell the sittings."""
-        fresh = [part for part in self._parts if part.cache is not None]
-        late = [part for part in self._parts if part.cache is None]
+        few = len(self) <= FEW  # running their prompts again costs less than a loop of their own
+        fresh = [part for part in self._parts if part.cache is not None and not few]
+        late = [part for part in self._parts if part.cache is None or few]
         self._parts = []
         with torch.inference_mode():
             for parts in _up_to(fresh, self.engine.options.rows):
