@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,37 +134,7 @@ def agrees(refusals: int, kl: float, their_refusals: int, their_kl: float) -> bo
 
 def export(row: Json, config: Config, store: Store, folder: Path) -> None:
     """The model of a trial, merged, float32."""
-    if find_spec("flows.export_commands"):
-        tribunal(store, "export", str(row["trial"]), str(folder), "--dtype", "float32")
-    else:
-        bake_into(row, config, store, folder)
-
-
-def bake_into(row: Json, config: Config, store: Store, folder: Path) -> None:
-    """The same where there is no command for it."""
-    from artifacts.specs import COMPONENTS
-    from tasks.models.baking import bake
-    from tasks.models.loading import load
-    from tasks.numerics.kernel import Kernel
-    from tasks.stage import Runtime, running
-    from tasks.trials import component_directions
-
-    loaded = load(config.model.id, dtypes=("float32",), device="cpu")
-    fields = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
-    weights = {
-        component: Kernel(*(row[f"{component}_{field}"] for field in fields)).weights(
-            len(loaded.anatomy.layers)
-        )
-        for component in COMPONENTS
-    }
-    directions = store.find("directions", row["directions"])
-    if directions is None:
-        raise SystemExit(f"the directions of trial {row['trial']} are not in the store")
-    with running(Runtime(store)):
-        vectors = component_directions(directions, row, config.directions)
-    bake(loaded.anatomy, vectors, weights, config.edit.row_normalization, config.edit.frame)
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+    tribunal(store, "export", str(row["trial"]), str(folder), "--dtype", "float32")
 
 
 def tribunal(store: Store, *arguments: str) -> None:

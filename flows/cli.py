@@ -386,7 +386,7 @@ def relabel(
         typer.echo(display.as_text(table, form))
         return
     out = display.console()
-    display.heading(out, f"{name}: {labeller} beside the study's own labeller")
+    display.heading(out, f"{name}: {labeller} beside its own, trials judged to their end")
     display.print_query(out, table)
 
 

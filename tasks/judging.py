@@ -96,10 +96,13 @@ def set_up(spec: ModelSpec, model: Ref, prompts: Mapping[str, Ref], judging: Jud
 
 def known_of(loaded: LoadedModel, tokens: list[list[int]], judging: JudgingSpec) -> Known:
     """What is kept beside the model about these prompts; of two splits at most."""
+    from tasks.models.chunk_probe import tokens_per_pass
     from tasks.models.drafts import Drafts
     from tasks.models.engine import Engine
 
-    options = replace(current().engine, rows=current().rows)
+    asked = current().engine
+    size = asked.verify_tokens or tokens_per_pass(loaded)
+    options = replace(asked, rows=current().rows, verify_tokens=size)
     name = digest([tokens, judging.max_new_tokens, judging.labeller, repr(options)])
     splits: dict[str, Known] = loaded.kept.setdefault("splits", {})
     if name not in splits:

@@ -253,7 +253,6 @@ def test_sizes_below_one_are_refused(rows: int, new: int) -> None:
 def test_a_draft_is_the_most_frequent_answer_that_begins_so() -> None:
     drafts = Drafts()
     drafts.learn([(0, [1, 2, 3]), (0, [1, 4]), (1, [9])])
-    assert drafts.hit_rate == 0.0
     drafts.learn([(0, [1, 4]), (1, [8])])
     assert drafts.hit_rate == 0.5
     assert drafts.match(0, [1]) == (1, 4)
@@ -266,3 +265,32 @@ def test_a_draft_is_the_most_frequent_answer_that_begins_so() -> None:
     assert twin.match(2, [5]) == (5, 6)
     drafts.forget()
     assert drafts.match(0, [1]) is None
+
+
+def test_drafts_rest_where_answers_are_always_new() -> None:
+    held = loaded(eos=None)
+    engine, drafts = Engine(held, prompts(), max_new_tokens=NEW), Drafts()
+    (plain,) = answered(engine, [None], drafts)
+    learn(drafts, plain, 0)
+    assert drafts.pay
+    assert engine.sit().guesses([], drafts) == {}
+    drafts.learn([(prompt, [3, 4, 5]) for prompt in range(8)])
+    assert not drafts.pay
+    sitting = engine.sit()
+    sitting.first_logits(range(8))
+    assert sitting.guesses(range(8), drafts) == {}
+    learn(drafts, plain, 0)
+    assert sitting.guesses(range(8), drafts)
+
+
+def test_no_more_drafts_are_kept_than_memory_was_counted_for() -> None:
+    held = loaded(eos=None)
+    engine, edit = Engine(held, prompts(), max_new_tokens=NEW), some_edit(loaded(eos=None), 0)[0]
+    for last in range(3, 12):
+        drafts = Drafts()
+        sitting = engine.sit(edit)
+        sitting.first_logits(range(8))
+        begun = {p: [sitting._begun[p][0], last] for p in range(8)}
+        drafts.learn(begun.items())
+        sitting.verify(range(8), drafts)
+        assert len(engine._draft_states) <= 3 * 8

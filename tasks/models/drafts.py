@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+LEAST_HIT_RATE = 0.25  # below, passes that verify cost more than the tokens they spare
 MOST = 16  # responses of a prompt that are looked at
 
 
@@ -21,14 +22,19 @@ class Drafts:
 
     def learn(self, responses: Iterable[tuple[int, Sequence[int]]]) -> None:
         """Add (prompt, tokens) of one generation; note how many of them were known before."""
-        found, hits = [(prompt, tuple(tokens)) for prompt, tokens in responses], 0
-        for prompt, tokens in found:
-            hits += tokens in self._known.get(prompt, ())
+        found = [(prompt, tuple(tokens)) for prompt, tokens in responses]
+        asked = [(prompt, tokens) for prompt, tokens in found if prompt in self._known]
+        if asked:
+            hits = sum(tokens in self._known[prompt] for prompt, tokens in asked)
+            self.hit_rate = hits / len(asked)
         for prompt, tokens in found:
             if tokens:
                 self._known.setdefault(prompt, Counter())[tokens] += 1
-        if found:
-            self.hit_rate = hits / len(found)
+
+    @property
+    def pay(self) -> bool:
+        """Whether the last generation said enough that was known for verifying to be worth it."""
+        return self.hit_rate >= LEAST_HIT_RATE
 
     def forget(self) -> None:
         """Know nothing again."""

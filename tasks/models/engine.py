@@ -48,6 +48,7 @@ SLICE_TOKENS = 2048  # of a prompt slice: part of what a KL's last bits depend o
 SHORTEST_FRONT = 4  # tokens; a shorter front costs a pass more than it spares
 MEMORY_SHARE = 0.25  # of what is free, for recorded states
 DRAFT_ROUNDS = 3
+DRAFTS_KEPT = 2  # recorded drafts per prompt, on average
 FEW = 64  # rows
 
 
@@ -102,6 +103,7 @@ class Engine:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         self.loaded, self.limit = loaded, max_new_tokens
         self.prompts = [list(prompt) for prompt in prompts]
+        self.verify_tokens = self.options.verify_tokens or SLICE_TOKENS
         self.eos = frozenset(eos_ids(loaded))
         self.depth = len(loaded.anatomy.layers)
         self.partial = PartialPass(loaded.anatomy.layers)
@@ -151,7 +153,7 @@ class Engine:
         """Levels whose states are kept: all of them, or as many as fit into memory."""
         if not self.options.share_layers:
             return []
-        tokens = sum(map(len, self.prompts)) + 2 * self.limit * len(self.prompts)
+        tokens = sum(map(len, self.prompts)) + DRAFTS_KEPT * self.limit * len(self.prompts)
         model = self.loaded.model
         of_one = tokens * self.loaded.anatomy.hidden_size * model.dtype.itemsize
         fitting = int(MEMORY_SHARE * free_memory(self.loaded.device) // max(of_one, 1))
@@ -226,8 +228,11 @@ class Engine:
 
     def record_drafts(self, drafts: Sequence[tuple[int, tuple[int, ...]]]) -> None:
         """Run drafts that are new through the unedited model; no edit may be applied."""
+        if len(self._draft_states) > DRAFTS_KEPT * len(self.prompts):
+            wanted = set(drafts)
+            self._draft_states = {d: s for d, s in self._draft_states.items() if d in wanted}
         missing = [draft for draft in drafts if draft not in self._draft_states]
-        step = max(self.options.verify_tokens // (self.limit + 1), 1)
+        step = max(self.verify_tokens // (self.limit + 1), 1)
         with torch.inference_mode():
             for first in range(0, len(missing), step):
                 self._record_drafts(missing[first : first + step])
@@ -290,7 +295,7 @@ class Sitting:
 
     def guesses(self, prompts: Sequence[int], drafts: Drafts) -> dict[int, tuple[int, ...]]:
         """The draft that each prompt's response may turn out to be."""
-        if not (self.engine.exact and self.engine.options.drafts):
+        if not (self.engine.exact and self.engine.options.drafts and drafts.pay):
             return {}
         waiting = (prompt for prompt in prompts if prompt not in self.found)
         found = {prompt: drafts.match(prompt, self._begun[prompt]) for prompt in waiting}
@@ -366,7 +371,7 @@ class Sitting:
             while (
                 end < len(chosen)
                 and self._held[chosen[end][0]][0] is group
-                and (end - start + 1) * len(chosen[end][1]) <= self.engine.options.verify_tokens
+                and (end - start + 1) * len(chosen[end][1]) <= self.engine.verify_tokens
             ):
                 end += 1
             end = max(end, start + 1)
