@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Lost = Callable[[Outcome, Outcome], bool]  # at best, at worst
 Progress = Callable[[int, int], None]
 
-FIRST_CHUNK = 8  # prompts before the first look at the race; every further chunk is twice as large
+FIRST_CHUNK = 32  # prompts before the first look at the race; every further chunk is twice as large
 
 
 class Hearing:

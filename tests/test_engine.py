@@ -20,6 +20,7 @@ from tasks.models.engine import Engine, Pool, Sitting
 from tasks.models.engine_options import EngineOptions
 from tasks.models.loading import LoadedModel
 from tasks.models.partial_pass import PartialPass
+from tasks.numerics.divergence import first_token_kl
 
 NEW = 10
 FRONT = [7, 8, 9, 10, 11]
@@ -294,3 +295,33 @@ def test_no_more_drafts_are_kept_than_memory_was_counted_for() -> None:
         drafts.learn(begun.items())
         sitting.verify(range(8), drafts)
         assert len(engine._draft_states) <= 3 * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gptneox"])
+def test_64_random_edits(name: str) -> None:
+    """Tokens of edited weights, and their KL to 1e-6 nats, with every saving on and off."""
+    held, drafts = loaded(name, EVERY_FIFTH), Drafts()
+    engines = {
+        label: Engine(held, prompts(), max_new_tokens=NEW, options=options)
+        for label, options in OPTIONS.items()
+    }
+    base = first_logits(held)
+    for seed in range(64):
+        edit, arguments = some_edit(held, seed, first=seed % LAYERS)
+        baked = loaded(name, EVERY_FIFTH)
+        bake(baked.anatomy, **arguments)
+        kl, wanted = first_token_kl(base, first_logits(baked)), expected(name, arguments)
+        for engine in engines.values():
+            (sitting,) = answered(engine, [edit], drafts)
+            assert responses(sitting) == wanted
+            logits = engine.sit(edit).first_logits(range(8))
+            found = first_token_kl(engine.sit().first_logits(range(8)), logits)
+            assert (found - kl).abs().max() < 1e-6
+        learn(drafts, sitting, EVERY_FIFTH[0])
+
+
+def first_logits(held: LoadedModel) -> torch.Tensor:
+    """Of every prompt by itself, as transformers gives them."""
+    with torch.inference_mode():
+        return torch.stack([held.model(torch.tensor([p])).logits[0, -1] for p in prompts()]).float()

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
+from small_study import trial_table, tribunal, write_config
 
+from artifacts.schemas import PARAMETERS as COLUMNS
 from artifacts.specs import Config, SearchSpec
+from artifacts.store import Store
 from flows.settings import load_config
 from tasks.history import values_of
 from tasks.numerics.objective import Outcome
@@ -17,6 +22,7 @@ from tasks.numerics.racing import LARGEST_BEST_GROUP, Race, dominates, place_of
 from tasks.sampler import propose
 
 HARMFUL, OTHERS = 24, 32
+PARAMETERS = [column.name for column in COLUMNS]
 BASE = Outcome(HARMFUL, HARMFUL, 0, OTHERS, 0, OTHERS // 2, 0.0, 30, 0.2, False)
 
 
@@ -150,3 +156,32 @@ def test_candidates_beyond_the_finalists_are_refused() -> None:
         load_config("organism", ["selection.candidates=9"])
     load_config("organism", ["selection.candidates=9", "search.racing=false"])
     load_config("organism", ["selection.candidates=9", "search.finalists=9"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["strict", "heretic-1.4.0"])
+def test_a_real_study_has_the_same_trials_and_the_same_winner(preset: str, tmp_path: Path) -> None:
+    tables = {}
+    for racing in ("true", "false"):
+        store = Store(str(tmp_path / racing))
+        done = tribunal(
+            store,
+            "run",
+            str(write_config(tmp_path)),
+            *("--set", f"search.preset={preset}", "--set", f"search.racing={racing}"),
+            *("--set", "search.trials=40", "--set", "search.generation=4"),
+            *("--set", "search.finalists=4"),
+        )
+        assert done.returncode == 0, done.stderr
+        tables[racing] = trial_table(store).drop("study", "protocol")
+    raced, whole = (table.filter(split="search").sort("trial") for table in tables.values())
+    stopped = raced["stopped"]
+    assert stopped.any(), "the race must stop somebody"
+    assert raced.select(PARAMETERS).equals(whole.select(PARAMETERS))
+    assert raced.filter(~stopped).equals(whole.filter(~stopped)), "judged to the end: to the bit"
+    for name in ("refusals", "overrefusals", "disclaimer_hits"):
+        assert (raced[name] <= whole[name]).all(), "what is known of a stopped trial bounds it"
+    assert raced["kl"].equals(whole["kl"])
+    assert (raced["compliance"] >= whole["compliance"]).all()
+    raced, whole = (table.filter(pl.col("split") != "search") for table in tables.values())
+    assert raced.equals(whole), "finalists, winner and test are the same"

@@ -38,6 +38,7 @@ from tasks.models.decoding import (
 from tasks.models.drafts import Drafts
 from tasks.models.editing import Edit, Editor, applied
 from tasks.models.engine_options import EngineOptions
+from tasks.models.grouped_attention import grouped
 from tasks.models.partial_pass import PartialPass
 from tasks.models.row_cache import RowCache, row_cache
 
@@ -216,14 +217,16 @@ class Engine:
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, keep: int
     ) -> Tensor:
         """Logits [rows, the last `keep` tokens or (0) all, vocabulary]."""
-        logits: Tensor = self.loaded.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=keep,
-        ).logits
+        with grouped(self.loaded.model):
+            output = self.loaded.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=keep,
+            )
+        logits: Tensor = output.logits
         return logits
 
     def record_drafts(self, drafts: Sequence[tuple[int, tuple[int, ...]]]) -> None:
