@@ -40,6 +40,8 @@ from tasks.models.anatomy import COMPONENTS, anatomy
 from tasks.models.batching import pad_left
 from tasks.models.decoding import decode
 from tasks.models.editing import build_edit, edited_places
+from tasks.models.engine import Engine, Pool
+from tasks.models.engine_options import EngineOptions
 from tasks.models.loading import LoadedModel
 from tasks.numerics.divergence import first_token_kl
 from tasks.numerics.edit import edited_weight
@@ -65,8 +67,13 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
         "vocab_size": 512,
     },
 }
-# More ways to run the engine: a name and what `decode` is told beside the usual.
-VARIANTS: Mapping[str, Mapping[str, Any]] = {"as it is": {}}
+# Ways to run the engine: how many trials side by side, and whether harmless prompts are answered
+# (for overrefusals) or only read, as HERETIC does and as a race does for all but finalists.
+VARIANTS: Mapping[str, tuple[int, bool]] = {
+    "one trial at a time": (1, True),
+    "8 trials side by side": (8, True),
+    "8 side by side, harmless prompts read": (8, False),
+}
 Json = dict[str, Any]
 
 
@@ -97,7 +104,7 @@ class Outcome:
     produced: int
 
 
-Judge = Callable[[Trial], Outcome]
+Judge = Callable[[Sequence[Trial]], list[Outcome]]
 
 
 def main() -> None:
@@ -107,7 +114,7 @@ def main() -> None:
         return
     bench = open_bench(options)
     judges: dict[str, Judge] = {peer_name(): peer(bench)}
-    judges |= {name: tribunal(bench, told) for name, told in VARIANTS.items()}
+    judges |= {name: tribunal(bench, *told) for name, told in VARIANTS.items()}
     seconds, outcomes = take_turns(judges, trials(bench, options), options)
     size = 8192 if options.device == "cuda" else 512
     peaks = {dtype: matmul_peak(dtype, size=size, device=options.device) for dtype in DTYPES}
@@ -119,7 +126,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--trials", type=int, default=4, help="of a round")
+    parser.add_argument("--trials", type=int, default=8, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--out", type=Path, help="save the JSON here")
@@ -179,17 +186,37 @@ def trials(bench: Bench, options: argparse.Namespace) -> list[Trial]:
     return found
 
 
-def tribunal(bench: Bench, told: Mapping[str, Any]) -> Judge:
-    """Our engine: an edit of outputs, all prompts in one batch, KL from the same pass."""
-    prompts = bench.harmful + bench.harmless
+def tribunal(bench: Bench, together: int, answer_harmless: bool) -> Judge:
+    """Our engine: edits of outputs, responses that go on from the pass that gave the KL.
 
-    def judge(trial: Trial) -> Outcome:
-        edit = build_edit(bench.loaded.anatomy, trial.vectors, trial.weights, "full", "module")
-        (answers,) = decode(
-            bench.loaded, prompts, [edit], max_new_tokens=bench.new_tokens, rows=512, **told
-        )
-        kl = first_token_kl(bench.base_logits, answers.first_logits[HARMFUL:]).mean().item()
-        return Outcome(kl, sum(map(len, answers.tokens)) + sum(answers.ended))
+    Without drafts, which a random model's answers would never match.
+    """
+    options = EngineOptions(drafts=False, rows=together * (HARMFUL + HARMLESS))
+    prompts = bench.harmful + bench.harmless
+    engine = Engine(bench.loaded, prompts, max_new_tokens=bench.new_tokens, options=options)
+    harmful, harmless = range(HARMFUL), range(HARMFUL, HARMFUL + HARMLESS)
+    base_logits = engine.sit().first_logits(harmless)
+
+    def judge_some(some: Sequence[Trial]) -> list[Outcome]:
+        pool, found = Pool(engine), []
+        for trial in some:
+            edit = build_edit(bench.loaded.anatomy, trial.vectors, trial.weights, "full", "module")
+            sitting = engine.sit(edit)
+            kl = first_token_kl(base_logits, sitting.first_logits(harmless)).mean().item()
+            sitting.first_logits(harmful)
+            for prompts in (harmful, harmless)[: 1 + answer_harmless]:
+                pool.add(sitting, prompts)
+            sitting.release()
+            found.append((sitting, kl))
+        pool.run()
+        return [
+            Outcome(kl, sum(len(r.tokens) + r.ended for r in sitting.found.values()))
+            for sitting, kl in found
+        ]
+
+    def judge(trials: Sequence[Trial]) -> list[Outcome]:
+        parts = [trials[at : at + together] for at in range(0, len(trials), together)]
+        return [outcome for part in parts for outcome in judge_some(part)]
 
     return judge
 
@@ -209,7 +236,10 @@ def peer(bench: Bench) -> Judge:
             input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0, **told
         )
 
-    def judge(trial: Trial) -> Outcome:
+    def judge(trials: Sequence[Trial]) -> list[Outcome]:
+        return [judge_one(trial) for trial in trials]
+
+    def judge_one(trial: Trial) -> Outcome:
         with torch.inference_mode(), adapted(trial):
             first = generate(
                 bench.harmless,
@@ -301,14 +331,14 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in judges}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in judges}
     for judge in judges.values():
-        judge(trials[-1])
+        judge(trials[-1:])
     started, done = time.monotonic(), 0
     for number in range(options.rounds):
         own = trials[number * options.trials : (number + 1) * options.trials]
         for name in list(judges)[:: 1 if number % 2 == 0 else -1]:
             _wait(options.device)
             begun = time.perf_counter()
-            outcomes[name] += [judges[name](trial) for trial in own]
+            outcomes[name] += judges[name](own)
             _wait(options.device)
             seconds[name].append((time.perf_counter() - begun) / len(own))
             done += 1
