@@ -17,6 +17,7 @@ from tiny_models import (
     MIXTURES,
     NAMES,
     NORMED,
+    each,
     lfm2_with_biases,
     tiny_model,
     token_ids,
@@ -29,7 +30,7 @@ from tasks.models.baking import bake
 from tasks.models.editing import Edit, Frame, applied, build_edit
 from tasks.numerics.edit import RowNormalization
 
-every_model = pytest.mark.parametrize("name", NAMES)
+every_model = pytest.mark.parametrize("name", each(NAMES))
 every_normalization = pytest.mark.parametrize("normalization", ["none", "pre", "full"])
 
 

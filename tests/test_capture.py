@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import HIDDEN, LAYERS, NAMES, VOCAB, tiny_model
+from tiny_models import HIDDEN, LAYERS, NAMES, VOCAB, each, tiny_model
 
 from artifacts.errors import ModelError
 from tasks.models.anatomy import anatomy
@@ -31,7 +31,7 @@ def prompts(count: int = 7) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_states_are_those_of_an_unpadded_forward_pass(name: str) -> None:
     held = loaded(name)
     residuals = capture_residuals(held, prompts(), rows=3)

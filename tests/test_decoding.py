@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import EOS, LAYERS, NAMES, VOCAB, tiny_model
+from tiny_models import EOS, LAYERS, NAMES, VOCAB, each, tiny_model
 
 from artifacts.errors import ModelError
 from tasks.models import decoding
@@ -74,7 +74,7 @@ def staggered_ends(model: Any) -> list[int]:
     return sorted({free[i][i] for i in (1, 4, 7)})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "SLICE_TOKENS", 24)  # several prefill slices per batch
     held = loaded(name)

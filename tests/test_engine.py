@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_decoding import EVERY_FIFTH, generated, loaded
-from tiny_models import LAYERS, NAMES, VOCAB
+from tiny_models import LAYERS, NAMES, VOCAB, each
 
 from artifacts.errors import ModelError
 from tasks.models import engine as engine_module
@@ -110,7 +110,7 @@ def test_answers_are_those_of_edited_weights(name: str, options: EngineOptions) 
     assert responses(sittings[0]) != responses(base), "the edits must matter"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_every_architecture(name: str) -> None:
     held = loaded(name, EVERY_FIFTH)
     edit, _ = some_edit(held, 3)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import HIDDEN, LAYERS, MIXTURES, VOCAB, tiny_model, token_ids
+from tiny_models import HIDDEN, LAYERS, MIXTURES, VOCAB, each, tiny_model, token_ids
 from torch import Tensor, nn
 
 from artifacts.errors import ModelError
@@ -24,7 +24,7 @@ from tasks.models.terms import SummedHook
 from tasks.numerics.edit import OutputEdit, RowNormalization, edited_weight
 
 NORMALIZATIONS: tuple[RowNormalization, ...] = ("none", "pre", "full")
-every_mixture = pytest.mark.parametrize("name", MIXTURES)
+every_mixture = pytest.mark.parametrize("name", each(MIXTURES))
 every_normalization = pytest.mark.parametrize("normalization", NORMALIZATIONS)
 
 

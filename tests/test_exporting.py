@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_anatomy import Recipe, recipe
-from tiny_models import NAMES, tiny_model, token_ids
+from tiny_models import NAMES, each, tiny_model, token_ids
 from torch import Tensor
 from toy_tokenizer import toy_tokenizer
 
@@ -46,7 +46,7 @@ def written(loaded: LoadedModel, folder: Path, dtype: str = "float32") -> dict[s
     return meant
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_a_written_folder_is_the_edited_model(name: str, tmp_path: Path) -> None:
     before = held(name)
     edit = recipe(normalization="full", frame="residual").build(before.anatomy)

@@ -17,6 +17,7 @@ from tiny_models import (
     HIDDEN,
     LAYERS,
     MIXTURES,
+    each,
     gpt_oss_in_blocks,
     qwen35_with_eyes,
     tiny_model,
@@ -132,7 +133,7 @@ def saved_as(model: Any, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*MIXTURES, *MULTIMODAL, "lfm2", "qwen3.5"])
+@pytest.mark.parametrize("name", each([*MIXTURES, *MULTIMODAL, "lfm2", "qwen3.5"]))
 def test_what_is_baked_is_saved_and_loaded_again(name: str, folder: Path) -> None:
     """Also where checkpoints store every expert by itself, and where a text tower has eyes."""
     held = load(str(saved_as(tiny_model(name), folder)), device="cpu")

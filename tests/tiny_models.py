@@ -6,9 +6,10 @@ so that a norm's gain or a bias that is forgotten shows in the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -200,7 +201,34 @@ MIXTURES = (
     "gpt-oss",
     "lfm2-moe",
 )
+COMMON = {  # one of each kind; the others are relatives of theirs and run in the slow suite
+    "llama",
+    "llama-bias",
+    "mistral",
+    "qwen3",
+    "qwen3.5",
+    "mixtral",
+    "gpt-oss",
+    "deepseek-v3",
+    "lfm2",
+    "phi3",
+    "stablelm",
+    "gemma2",
+    "gemma3",
+    "gemma3-vision",
+    "olmo2",
+    "falcon",
+    "falcon-parallel",
+    "gptj",
+    "gptneox",
+}
 BIASED = ("llama-bias", "gpt-oss", "phimoe", "falcon", "gptj", "gptneox", "gptneox-sequential")
+
+
+def each(names: Sequence[str]) -> list[Any]:
+    """Parameters of a test: relatives of common architectures are marked slow."""
+    slow = pytest.mark.slow
+    return [name if name in COMMON else pytest.param(name, marks=slow) for name in names]
 
 
 def tiny_model(name: str, seed: int = 0) -> Any:
