@@ -23,7 +23,7 @@ import duckdb
 from artifacts.errors import DamageWarning, QueryError, StoreError
 from artifacts.places import WORKSHOPS
 from artifacts.sandbox import run_apart
-from artifacts.schemas import NESTED, RESPONSE, STORED, Column
+from artifacts.schemas import NESTED, RESPONSE, STORED, TRIALS, Column, polars_schema
 from artifacts.sql_guard import refuse_all_but_select
 from artifacts.store import MANIFEST, Store
 
@@ -134,7 +134,12 @@ def leaderboard_frame(trials: pl.DataFrame) -> pl.DataFrame:
 
 
 def _over_trials(trials: pl.DataFrame, sql: str) -> pl.DataFrame:
+    import polars as pl
+
     connection = duckdb.connect(":memory:")
+    known = polars_schema(TRIALS).items()  # an older table lacks what was added since
+    missing = {name: dtype for name, dtype in known if name not in trials.columns}
+    trials = trials.with_columns(pl.lit(None, dtype).alias(name) for name, dtype in missing.items())
     try:
         connection.register("rows", trials.to_arrow())
         connection.execute("CREATE VIEW trials AS SELECT protocol AS study, * FROM rows")

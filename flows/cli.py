@@ -380,14 +380,22 @@ def relabel(
         for judged in judged_artifacts():
             relabel_stage(judged=judged, labeller=labeller)
     write_database(store)
+    count = "SELECT count(*) FROM trials WHERE stopped AND study = $1"
     with catalog(store) as connection:
         table = fetch(connection, query_text("relabelled"), [labeller, name])
+        left = int(str(fetch(connection, count, [name]).rows[0][0]))
     if form is not Format.table:
         typer.echo(display.as_text(table, form))
         return
     out = display.console()
-    display.heading(out, f"{name}: {labeller} beside its own, trials judged to their end")
+    display.heading(out, f"{name}: {labeller} beside the study's own labeller")
     display.print_query(out, table)
+    if left:
+        out.print(
+            f"{left} trials are left out: by the study's own labels they could not matter and were "
+            "stopped. To have them under other labels, run with search.racing=false",
+            style="dim",
+        )
 
 
 @app.command(epilog="Example: tribunal sql 'SELECT trial, refusals, kl FROM trials ORDER BY kl'")

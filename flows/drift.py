@@ -17,7 +17,7 @@ from artifacts.specs import Config
 from artifacts.store import Manifest, Ref, Store
 from flows.pipeline import sources, split_of
 from flows.results import find_study
-from flows.settings import validate
+from flows.settings import validate_stored
 from tasks.drift import HELD, UNCHANGED, causes_of, device_causes, newest_drift, record_drift
 from tasks.models.identity import require_hub
 from tasks.probe import probe_model
@@ -210,7 +210,7 @@ def config_of(frozen: Frozen) -> Config:
         ConfigError: this version does not understand it.
     """
     (text,) = current().store.read(frozen.named, ["config"])["config"]
-    return validate(json.loads(text), frozen.study)
+    return validate_stored(json.loads(text), frozen.study)
 
 
 def todays_prompts(

@@ -125,12 +125,12 @@ def export(
 
 def _stored(store: Store, trial: str, study: str | None) -> StoredTrial:
     from flows import results
-    from flows.settings import validate
+    from flows.settings import validate_stored
     from tasks.stored_trials import stored_trial
 
     name, number = results.find_trial(store, trial, study)
     results.trial_rows(store, name, number)  # which says what the study has instead
-    return stored_trial(store, name, number, validate)
+    return stored_trial(store, name, number, validate_stored)
 
 
 def _hub(repo: str) -> Any:

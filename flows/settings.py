@@ -190,6 +190,12 @@ def validate(tree: Tree, name: str = "config") -> Config:
         raise explain(error, name) from None  # pydantic's own words hold the value as it is
 
 
+def validate_stored(tree: Tree, name: str) -> Config:
+    """The config of a stored study; one from before there was racing was judged without it."""
+    search = {"racing": False} | tree.get("search", {})
+    return validate(tree | {"search": search}, name)
+
+
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     """`over` laid on `under`, tables merged, other values replaced."""
     merged = dict(under)

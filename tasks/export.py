@@ -186,6 +186,7 @@ def _merged(
     meant = exporting.tensor_digests(loaded.model, dtype)
     exporting.write_model(loaded, partial)
     exporting.release(loaded)
+    bench.engine.forget()
     again = _load(partial, exporting.wider(stored.dtype, dtype), spec.trust_remote_code)
     exporting.require_same_tensors(exporting.tensor_digests(again.model, dtype), meant)
     return Written(dtype, {}, 0.0), _bench_of(stored, bench, again)
@@ -216,7 +217,9 @@ def _bench_of(stored: StoredTrial, bench: Bench, loaded: LoadedModel) -> Bench:
         raise ExportError(
             "the written tokenizer or chat template makes other tokens of the prompts"
         )
-    return replace(bench, loaded=loaded, known=known_of(loaded, tokens, bench.judging))
+    return replace(
+        bench, loaded=loaded, known=known_of(loaded, bench.prompts, tokens, bench.judging)
+    )
 
 
 def _adapter(
@@ -232,7 +235,7 @@ def _adapter(
     adapters.require_same_adapter(partial, adapter)
     by = adapters.attach(bench.loaded, partial)
     bench.loaded.kept.clear()  # what was computed without the adapter
-    known = known_of(bench.loaded, bench.engine.prompts, bench.judging)
+    known = known_of(bench.loaded, bench.prompts, bench.engine.prompts, bench.judging)
     ranks = {path: factors.rank for path, factors in adapter.items()}
     error = relative_error(list(adapter.values()))
     return Written(dtype, ranks, error, by), replace(bench, known=known)
@@ -256,7 +259,7 @@ def _audit(
         return with_intervals(metrics(rows, court.base_mean_tokens, court.gates), rows)
 
     row = stored.row
-    if row["stopped"]:  # only bounds are stored, so there is nothing to hold it against
+    if row.get("stopped"):  # only bounds are stored, so there is nothing to hold it against
         row = row | measured(now) | {"responses": now.rows}
     responses = row["responses"]
     return Audit(

@@ -18,6 +18,7 @@ from tasks.numerics.objective import Outcome, objective_values
 from tasks.numerics.racing import LARGEST_BEST_GROUP, Race, place_of
 from tasks.stage import current
 
+ROWS_KEPT = 64  # labelled responses per prompt, on average
 PARAMETER_NAMES = tuple(column.name for column in PARAMETERS)
 
 
@@ -84,6 +85,8 @@ def learn_drafts(bench: Bench, baseline: Ref, previous: Ref | None) -> None:
     if not known.learnt or known.learnt != [ref.digest for ref in wanted[: len(known.learnt)]]:
         known.drafts.forget()
         known.learnt.clear()
+    if len(known.rows) > ROWS_KEPT * bench.prompts.height:
+        known.rows.clear()
     for ref in wanted[len(known.learnt) :]:
         known.drafts.learn(_responses(bench, ref))
         known.learnt.append(ref.digest)

@@ -91,10 +91,12 @@ def set_up(spec: ModelSpec, model: Ref, prompts: Mapping[str, Ref], judging: Jud
     loaded = open_model(spec, [card.dtype])
     table = pl.concat([runtime.store.read(ref) for ref in prompts.values()])
     tokens = encode_prompts(loaded, card, table, judging.max_new_tokens)
-    return Bench(loaded, table, judging, known_of(loaded, tokens, judging))
+    return Bench(loaded, table, judging, known_of(loaded, table, tokens, judging))
 
 
-def known_of(loaded: LoadedModel, tokens: list[list[int]], judging: JudgingSpec) -> Known:
+def known_of(
+    loaded: LoadedModel, prompts: pl.DataFrame, tokens: list[list[int]], judging: JudgingSpec
+) -> Known:
     """What is kept beside the model about these prompts; of two splits at most."""
     from tasks.models.chunk_probe import tokens_per_pass
     from tasks.models.drafts import Drafts
@@ -103,7 +105,9 @@ def known_of(loaded: LoadedModel, tokens: list[list[int]], judging: JudgingSpec)
     asked = current().engine
     size = asked.verify_tokens or tokens_per_pass(loaded)
     options = replace(asked, rows=current().rows, verify_tokens=size)
-    name = digest([tokens, judging.max_new_tokens, judging.labeller, repr(options)])
+    told = prompts.select("class", "prompt_id", "text").rows()
+    limits = [judging.max_new_tokens, judging.labeller, repr(replace(asked, rows=current().rows))]
+    name = digest([tokens, [list(row) for row in told], limits])
     splits: dict[str, Known] = loaded.kept.setdefault("splits", {})
     if name not in splits:
         while len(splits) >= SPLITS_KEPT:

@@ -119,6 +119,8 @@ def _measured(audit: Audit, splits: Sequence[Row]) -> Iterator[str]:
     yield from _HEAD
     yield _line("search, unedited model", audit.unedited)
     for row in splits:
+        if row["stopped"]:
+            continue
         yield _line(row["split"] if row is not search else "search, by the study", row)
     yield _line("search, by these files", audit.exported)
     yield ""
@@ -127,6 +129,8 @@ def _measured(audit: Audit, splits: Sequence[Row]) -> Iterator[str]:
         "Overrefusals are refused harmless and borderline-safe prompts. KL is "
         "KL(unedited || edited) of the first response token on harmless prompts."
     )
+    if search["stopped"]:
+        yield "The study stopped the trial early, for it could no longer matter."
     if search["gated"]:
         yield f"The trial failed a gate on the search split: {search['gate_reason']}."
     yield ""

@@ -284,6 +284,18 @@ def test_drafts_rest_where_answers_are_always_new() -> None:
     assert sitting.guesses(range(8), drafts)
 
 
+def test_a_draft_is_not_followed_beyond_an_end() -> None:
+    """Text that spells an end of sequence comes back as one when it is encoded again."""
+    held = loaded(eos=None)
+    (free,) = answered(Engine(held, prompts(), max_new_tokens=NEW), [None], Drafts())
+    held.model.generation_config.eos_token_id = sorted({free.found[p].tokens[3] for p in range(8)})
+    engine, drafts = Engine(held, prompts(), max_new_tokens=NEW), Drafts()
+    drafts.learn([(p, [*response.tokens, *[5] * NEW]) for p, response in free.found.items()])
+    (plain,) = answered(engine, [None], Drafts())
+    (sitting,) = answered(engine, [None], drafts)
+    assert responses(sitting) == responses(plain)
+
+
 def test_no_more_drafts_are_kept_than_memory_was_counted_for() -> None:
     held = loaded(eos=None)
     engine, edit = Engine(held, prompts(), max_new_tokens=NEW), some_edit(loaded(eos=None), 0)[0]

@@ -18,7 +18,7 @@ from artifacts.store import Store
 from flows.settings import load_config
 from tasks.history import values_of
 from tasks.numerics.objective import Outcome
-from tasks.numerics.racing import LARGEST_BEST_GROUP, Race, dominates, place_of
+from tasks.numerics.racing import LARGEST_BEST_GROUP, Place, Race, dominates, place_of
 from tasks.sampler import propose
 
 HARMFUL, OTHERS = 24, 32
@@ -114,6 +114,13 @@ def same_search(preset: str, seed: int) -> None:
     kept = [(place_of(k), i) for i, (_, k, stopped) in enumerate(raced) if not stopped]
     true = [(place_of(k), i) for i, (_, k, _) in enumerate(whole)]
     assert sorted(kept)[:8] == sorted(true)[:8]
+    assert front(kept) == front(true)
+
+
+def front(places: list[tuple[Place, int]]) -> set[int]:
+    """Ungated trials that no other ungated trial dominates."""
+    passed = [(place[1:], i) for place, i in places if not place[0]]
+    return {i for place, i in passed if not any(dominates(other, place) for other, _ in passed)}
 
 
 def test_a_group_that_is_too_small_changes_the_search() -> None:
@@ -128,12 +135,14 @@ def test_a_group_that_is_too_small_changes_the_search() -> None:
 
 def test_both_the_sampler_and_the_ranking_have_to_be_done_with_a_trial() -> None:
     values, places = [(1.0,)] * 6, [(False, 0, 0, 0.01)] * 8
-    assert Race(values, places, 6, 8).lost((2.0,), (3.0,), (False, 1, 0, 0.0))
-    assert not Race(values, places, 7, 8).lost((2.0,), (3.0,), (False, 1, 0, 0.0))
-    assert not Race(values, places, 6, 9).lost((2.0,), (3.0,), (False, 1, 0, 0.0))
-    assert not Race(values, places, 6, 8).lost((1.0,), (3.0,), (False, 1, 0, 0.0)), "a tie"
+    assert Race(values, places, 6, 8).lost((2.0,), (3.0,), (False, 1, 0, 0.02))
+    assert not Race(values, places, 7, 8).lost((2.0,), (3.0,), (False, 1, 0, 0.02))
+    assert not Race(values, places, 6, 9).lost((2.0,), (3.0,), (False, 1, 0, 0.02))
+    assert not Race(values, places, 6, 8).lost((1.0,), (3.0,), (False, 1, 0, 0.02)), "a tie"
     assert not Race(values, places, 6, 8).lost((2.0,), (3.0,), (False, 0, 0, 0.01))
-    assert Race(values, places, 9, 8).lost((1.0,), (1.0,), (False, 1, 0, 0.0)), "values are final"
+    assert Race(values, places, 9, 8).lost((1.0,), (1.0,), (False, 1, 0, 0.02)), "values are final"
+    assert not Race(values, places, 6, 8).lost((2.0,), (3.0,), (False, 1, 0, 0.009)), "on the front"
+    assert Race(values, places, 6, 8).lost((2.0,), (3.0,), (True, 1, 0, 0.009)), "gated, so off it"
 
 
 def test_dominance() -> None:

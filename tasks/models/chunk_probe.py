@@ -34,7 +34,8 @@ def tokens_per_pass(loaded: LoadedModel) -> int:
     known = _read(file)
     if name not in known:
         known[name] = measure(loaded)
-        _write(file, known)
+        if 2 * known[name] <= _fitting(loaded):  # memory did not decide
+            _write(file, known)
     return min(known[name], _fitting(loaded))
 
 
@@ -62,11 +63,12 @@ def cache_file() -> Path:
 
 
 def _fitting(loaded: LoadedModel) -> int:
-    """The largest pass whose logits, in float32, take no more than their share of memory."""
+    """The largest of the sizes whose logits, in float32, take at most their share of memory."""
     from tasks.models.engine import free_memory
 
     vocabulary = loaded.model.config.get_text_config().vocab_size
-    return max(int(LOGITS_SHARE * free_memory(loaded.device) / (4 * vocabulary)), SIZES[0])
+    room = LOGITS_SHARE * free_memory(loaded.device) / (4 * vocabulary)
+    return max((size for size in SIZES if size <= room), default=SIZES[0])
 
 
 def _timed(loaded: LoadedModel, tokens: int) -> float:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 LEAST_HIT_RATE = 0.25  # below, passes that verify cost more than the tokens they spare
+KEPT = 64  # responses of a prompt that are remembered: the most frequent, the oldest first
 MOST = 16  # responses of a prompt that are looked at
 
 
@@ -30,6 +31,9 @@ class Drafts:
         for prompt, tokens in found:
             if tokens:
                 self._known.setdefault(prompt, Counter())[tokens] += 1
+        for prompt, known in self._known.items():
+            if len(known) > KEPT:
+                self._known[prompt] = Counter(dict(known.most_common(KEPT)))
 
     @property
     def pay(self) -> bool:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,7 @@ MEMORY_SHARE = 0.25  # of what is free, for recorded states
 DRAFT_ROUNDS = 3
 DRAFTS_KEPT = 2  # recorded drafts per prompt, on average
 FEW = 64  # rows
+PLAIN_ROWS = 64  # of a batch without the engine: fixed, since a KL depends on it
 
 
 @dataclass
@@ -112,7 +114,12 @@ class Engine:
         self.front = self._common_front() if self.exact else 0
         self.levels = self._levels() if self.exact else []
         self._groups: dict[tuple[int, ...], _Group] = {}
-        self._draft_states: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._draft_states: dict[tuple[int, tuple[int, ...]], dict[int, Tensor]] = {}
+
+    def forget(self) -> None:
+        """Let go of everything that was computed, of the model too."""
+        self._groups.clear()
+        self._draft_states.clear()
 
     def sit(self, edit: Edit | None = None) -> Sitting:
         """Begin to answer under an edit, or (None) as the unedited model."""
@@ -235,24 +242,27 @@ class Engine:
             wanted = set(drafts)
             self._draft_states = {d: s for d, s in self._draft_states.items() if d in wanted}
         missing = [draft for draft in drafts if draft not in self._draft_states]
-        step = max(self.verify_tokens // (self.limit + 1), 1)
+        longest = max(map(len, self.prompts)) + self.limit
+        step = max(self.verify_tokens // longest, 1)
         with torch.inference_mode():
             for first in range(0, len(missing), step):
                 self._record_drafts(missing[first : first + step])
 
     def draft_states(self, prompt: int, draft: tuple[int, ...], level: int) -> Tensor:
         """Recorded states [fed tokens, d] of a draft at `level`, under the unedited model."""
-        return self._draft_states[prompt, draft][self.levels.index(level)]
+        return self._draft_states[prompt, draft][level]
 
     def _record_drafts(self, drafts: Sequence[tuple[int, tuple[int, ...]]]) -> None:
         whole = [[*self.prompts[p], *self.fed(draft)] for p, draft in drafts]
         ids, mask, positions = pad_left(whole, self.loaded.device)
         with self.partial.recorded(self.levels) as states:
             self.forward(ids, mask, positions, None, 1)
-        kept = torch.stack([states[level] for level in self.levels], 1)
         for row, (p, draft) in enumerate(drafts):
             count = len(self.fed(draft))
-            self._draft_states[p, draft] = kept[row, :, kept.shape[2] - count :].clone()
+            self._draft_states[p, draft] = {
+                level: found[row, found.shape[1] - count :].clone()
+                for level, found in states.items()
+            }
 
     def fed(self, draft: Sequence[int]) -> Sequence[int]:
         """What of a draft goes through the model: all but an end-of-sequence token."""
@@ -302,7 +312,13 @@ class Sitting:
             return {}
         waiting = (prompt for prompt in prompts if prompt not in self.found)
         found = {prompt: drafts.match(prompt, self._begun[prompt]) for prompt in waiting}
-        return {prompt: draft for prompt, draft in found.items() if draft is not None}
+        cut = {prompt: self._cut(draft) for prompt, draft in found.items() if draft is not None}
+        return {p: draft for p, draft in cut.items() if len(draft) > len(self._begun[p])}
+
+    def _cut(self, draft: tuple[int, ...]) -> tuple[int, ...]:
+        """A draft as far as a response can go: to its first end and within the limit."""
+        end = next((i + 1 for i, token in enumerate(draft) if token in self.engine.eos), len(draft))
+        return draft[: min(end, self.engine.limit)]
 
     def verify(self, prompts: Sequence[int], drafts: Drafts) -> None:
         """Go on with each response as far as drafts tell it right."""
@@ -420,7 +436,7 @@ class Sitting:
         if self.level == 0:
             return None
         found = [self.engine.draft_states(*each, self.level) for each in chosen]
-        states = found[0].new_zeros(len(found), width, found[0].shape[-1])
+        states = found[0].new_zeros(len(found), width, found[0].shape[-1])  # one level, one device
         for row, (own, draft) in enumerate(zip(found, fed, strict=True)):
             states[row, : len(draft)] = own
         return states
@@ -433,7 +449,7 @@ class Sitting:
             [engine.prompts[prompt] for prompt in prompts],
             [self.edit] if self.edit else (),
             max_new_tokens=engine.limit,
-            rows=engine.options.rows,
+            rows=PLAIN_ROWS,
         )
         for prompt, tokens, ended in zip(prompts, decoded.tokens, decoded.ended, strict=True):
             self.found[prompt] = Response(tokens, ended)
@@ -464,10 +480,11 @@ class Pool:
         waiting = sitting.waiting(prompts)
         fresh = sitting.fresh(waiting)
         late = [prompt for prompt in waiting if prompt not in set(fresh)]
-        if fresh:
-            self._parts.append(_Part(sitting, fresh, sitting.prompt_cache(fresh)))
-        if late:
-            self._parts.append(_Part(sitting, late, None))
+        size = self.engine.options.rows
+        for part in (fresh[at : at + size] for at in range(0, len(fresh), size)):
+            self._parts.append(_Part(sitting, part, sitting.prompt_cache(part)))
+        for part in (late[at : at + size] for at in range(0, len(late), size)):
+            self._parts.append(_Part(sitting, part, None))
 
     def forget(self, sitting: Sitting) -> None:
         """Wait no longer for anything of a sitting."""
@@ -537,7 +554,7 @@ def _sittings(parts: Sequence[_Part]) -> list[Sitting]:
 
 
 def _up_to(parts: Sequence[_Part], rows: int) -> Iterator[list[_Part]]:
-    """Neighbouring parts of at most `rows` rows; a larger part is by itself."""
+    """Neighbouring parts of at most `rows` rows."""
     chosen: list[_Part] = []
     for part in parts:
         if chosen and sum(len(each.prompts) for each in chosen) + len(part.prompts) > rows:
@@ -560,4 +577,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that a device could still give."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError):  # no Linux: what is free has to do
+        told = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()
+        if told:
+            return 1024 * int(told[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

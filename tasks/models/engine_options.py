@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engine may do. Nothing here changes a token; chunks change cost and memory only.
+    """What the engine may do. It changes cost and memory; tokens only in ties of low precision.
 
     Attributes:
         share_layers: begin above the layers that an edit leaves alone.

@@ -37,14 +37,20 @@ class Race:
     finalists: int
 
     def lost(self, values: Values, worst: Values, place: Place) -> bool:
-        """Whether a trial is lost whose values end between these and whose place is no better."""
+        """Whether a trial is lost whose values end between these and whose place is no better.
+
+        It must also be off the Pareto front of refusals, overrefusals and KL, whatever comes.
+        """
         if sum(other < place for other in self.places) < self.finalists:
+            return False
+        passed = (other[1:] for other in self.places if not other[0])
+        if not place[0] and not any(dominates(other, place[1:]) for other in passed):
             return False
         ahead = sum(dominates(other, values) for other in self.values)
         return values == worst or ahead >= self.best_group
 
 
-def dominates(one: Values, other: Values) -> bool:
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether minimised values are no worse in all and better in one. Ties dominate nothing."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
