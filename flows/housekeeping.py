@@ -47,11 +47,22 @@ def unreachable(store: Store) -> list[Doomed]:
     for node in store.entries():
         path = "/".join(node)
         if node not in manifests and f"{path}/{MANIFEST}" in sizes:
+            if _came_meanwhile(store, node):
+                continue
             _refuse_unknown(node, kept)
         if node not in kept and store.place.age(path) > young:
             whole = node in manifests and _is_whole(manifests[node], sizes)
             found.append(doomed(path, f"orphan {node[0]}" if whole else "corrupt"))
     return found
+
+
+def _came_meanwhile(store: Store, node: Node) -> bool:
+    """Whether an artifact was finished after the manifests were read: it is new, not damaged."""
+    try:
+        store.manifest(*node)
+    except StoreError:
+        return False
+    return True
 
 
 def _refuse_unknown(torn: Node, kept: set[Node]) -> None:

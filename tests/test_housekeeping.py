@@ -221,3 +221,13 @@ def test_the_commands_on_an_empty_store(store: Store, arguments: list[str]) -> N
     )
     assert done.stdout.startswith(("0 places", "0 of 0 artifacts"))
     assert not store.root.exists()
+
+
+def test_what_is_finished_while_gc_looks_is_not_damaged(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manifests are read first and sizes after them; between the two a run may finish something."""
+    *before, _ = study(store)
+    known = [store.manifest(ref.kind, ref.key) for ref in before]
+    monkeypatch.setattr(Store, "manifests", lambda self, kind=None: iter(known))
+    assert not {path for path in collected(store) if path.startswith("studies/")}
