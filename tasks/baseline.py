@@ -11,7 +11,7 @@ from artifacts.specs import JudgingSpec, ModelSpec
 from artifacts.store import Ref
 from tasks.hearing import answer
 from tasks.judging import set_up
-from tasks.stage import Made, stage
+from tasks.stage import Made, current, stage
 
 
 @stage(
@@ -25,7 +25,7 @@ def measure_baseline(
     *, spec: ModelSpec, model: Ref, prompts: Mapping[str, Ref], judging: JudgingSpec
 ) -> Made:
     """The unedited model's answers, with the raw logits of their first token."""
-    answers = answer(set_up(spec, model, prompts, judging))
+    answers = answer(set_up(spec, model, prompts, judging), None, current().reporter.advanced)
     logits = iter(answers.first_logits.tolist())
     rows = [
         row | {"first_logits": next(logits) if row["class"] == "harmless" else None}

@@ -154,12 +154,12 @@ def _write_and_audit(stored: StoredTrial, partial: Path, wish: Wish) -> tuple[Wr
         court, base = stored.court()
     edit = court.edit_of(stored.trial.parameters)
     with _step("trial, now", 1):
-        now = answer(court.bench, edit)
+        now = answer(court.bench, edit, current().reporter.advanced)
     write = _merged if wish.form == "merged" else _adapter
     with _step(f"{wish.form} folder"):
         written, bench = write(stored, court.bench, edit, partial, wish)
     with _step("exported model", 1):
-        exported = answer(bench)
+        exported = answer(bench, None, current().reporter.advanced)
     audit = _audit(stored, court, base, now, exported, exact=_is_exact(stored, written))
     refuse_differences(audit)
     return written, audit

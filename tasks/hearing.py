@@ -132,9 +132,9 @@ class Answers:
     first_logits: torch.Tensor  # [harmless prompts, vocabulary], raw
 
 
-def answer(bench: Bench, edit: Edit | None = None) -> Answers:
+def answer(bench: Bench, edit: Edit | None = None, on_progress: Progress | None = None) -> Answers:
     """The answers of one edit, or of the unedited model; each KL is against itself, so zero."""
-    (hearing,) = hear(bench, [edit], None)
+    (hearing,) = hear(bench, [edit], None, on_progress=on_progress)
     if edit is None and not bench.known.learnt:
         bench.known.drafts.learn(hearing.said())
     return Answers(hearing.rows(), hearing.first_logits)
@@ -181,16 +181,21 @@ def hear(
     drafts = bench.known.drafts if lost else bench.known.drafts.copy()
     hearings = [Hearing(bench, edit, drafts) for edit in edits]
     pools = {name: Pool(bench.engine) for name in ("harmful", "others")}
+
+    def told() -> None:
+        if on_progress is not None:
+            size = bench.prompts.height
+            done = sum(size if h.stopped else len(h.sitting.found) for h in hearings)
+            on_progress(done, len(hearings) * size)
+
     for number, hearing in enumerate(hearings):
-        _open(hearing, pools, base_logits, max_kl, lost)
+        _open(hearing, pools, base_logits, max_kl, lost, told)
         first = lost is None and number == 0
         if first or sum(map(len, pools.values())) >= bench.engine.options.rows:
-            _finish(hearings[: number + 1], pools, max_kl, lost)
+            _finish(hearings[: number + 1], pools, max_kl, lost, told)
         if first:
             drafts.learn(hearing.said())
-        if on_progress is not None:
-            on_progress(number + 1, len(hearings))
-    _finish(hearings, pools, max_kl, lost)
+    _finish(hearings, pools, max_kl, lost, told)
     return hearings
 
 
@@ -200,6 +205,7 @@ def _open(
     base_logits: torch.Tensor | None,
     max_kl: float,
     lost: Lost | None,
+    told: Callable[[], object],
 ) -> None:
     """All that one edit's drafts tell; what waits for more goes into the pools."""
     hearing.measure_kl(base_logits)
@@ -214,6 +220,7 @@ def _open(
             hearing.sitting.first_logits(prompts)
         for chunk in _chunks(hearing, prompts, lost is not None):
             hearing.verify(chunk)
+            told()
             if _is_lost(hearing, max_kl, lost):
                 break
         waiting.append((pool, prompts))
@@ -235,14 +242,18 @@ def _chunks(hearing: Hearing, prompts: Sequence[int], racing: bool) -> Iterator[
 
 
 def _finish(
-    hearings: Sequence[Hearing], pools: Mapping[str, Pool], max_kl: float, lost: Lost | None
+    hearings: Sequence[Hearing],
+    pools: Mapping[str, Pool],
+    max_kl: float,
+    lost: Lost | None,
+    told: Callable[[], object],
 ) -> None:
     """Decode what waits, harmful prompts first: their refusals may lose a race."""
-    pools["harmful"].run()
+    pools["harmful"].run(told)
     for hearing in hearings:
         if not hearing.stopped and _is_lost(hearing, max_kl, lost):
             pools["others"].forget(hearing.sitting)
-    pools["others"].run()
+    pools["others"].run(told)
 
 
 def _is_lost(hearing: Hearing, max_kl: float, lost: Lost | None) -> bool:

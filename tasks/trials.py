@@ -118,31 +118,18 @@ def open_court(
 ) -> tuple[Court, Answers]:
     """A court for one split, and the unedited model's answers there (stored, or given now).
 
-    A search asks for the same one again and again, so that one is kept beside its model.
+    A search asks for the same one again and again, so that one is kept beside its model. A protocol
+    holds all that a court of its search is made of.
     """
     if split != "search":
         return _open_court(split, config, protocol, materials, prompts)
-    loaded = open_model(config.model, [read_card(materials["model"]).dtype])
-    name = _name(split, config, protocol, materials, prompts)
-    if loaded.kept.get("court", ("",))[0] != name:
+    loaded, runtime = open_model(config.model, [read_card(materials["model"]).dtype]), current()
+    name = [protocol.key, prompts_digest(prompts), repr(runtime.engine), runtime.rows]
+    if loaded.kept.get("court", ([],))[0] != name:
         court = _open_court(split, config, protocol, materials, prompts)
         loaded.kept["court"] = name, court
     opened: tuple[Court, Answers] = loaded.kept["court"][1]
     return opened
-
-
-def _name(
-    split: str,
-    config: Config,
-    protocol: Ref,
-    materials: Mapping[str, Ref],
-    prompts: Mapping[str, Ref],
-) -> str:
-    """What tells a court from others of the same model."""
-    refs = {**materials, **prompts, "protocol": protocol}
-    told = {name: [ref.kind, ref.key, ref.digest] for name, ref in refs.items()}
-    runtime = current()
-    return digest([split, config.model_dump(mode="json"), told, repr(runtime.engine), runtime.rows])
 
 
 def _open_court(

