@@ -19,7 +19,7 @@ from flows.pipeline import Benchmark, run_pipeline, split_of
 from flows.settings import load_config
 from tasks.locked_test import refuse_other_trials
 from tasks.models.identity import ORGANISM
-from tasks.stage import Runtime, planning, running
+from tasks.stage import Runtime, Silent, planning, running
 from tasks.trials import open_court, read_trials, trial_of
 
 
@@ -28,11 +28,28 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp("config"))
 
 
+class Watch(Silent):
+    """Keeps what it was told of each artifact's progress."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[tuple[int, int]]] = {}
+        self._now: list[tuple[int, int]] = []
+
+    def started(self, label: str, work: int) -> None:
+        self._now = self.told.setdefault(label, [])
+
+    def advanced(self, done: int, total: int) -> None:
+        self._now.append((done, total))
+
+
+WATCH = Watch()  # of the study below
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, config_path: Path) -> tuple[Store, Benchmark]:
     """One finished study, shared and not changed by the tests below."""
     store = Store(tmp_path_factory.mktemp("small") / "store")
-    with running(Runtime(store)):
+    with running(Runtime(store, WATCH)):
         return store, run_pipeline(load_config(str(config_path)))
 
 
@@ -57,6 +74,18 @@ def test_every_trial_is_ranked_and_every_response_is_stored(small: tuple[Store, 
         ("test", "random-direction"): 24,
     }
     assert all(store.find(ref.kind, ref.key) for ref in found.generations)
+
+
+@pytest.mark.parametrize("label", ["unedited model, search split", "trials 0-1"])
+def test_progress_counts_prompts_and_ends_at_their_number(
+    small: tuple[Store, Benchmark], label: str
+) -> None:
+    told = WATCH.told[label]
+    done, totals = [d for d, _ in told], {total for _, total in told}
+    assert totals == {24 if label.startswith("unedited") else 48}
+    assert done == sorted(done)
+    assert done[-1] == max(totals)
+    assert len(set(done)) > 1, "it moves while prompts are answered"
 
 
 def test_the_identity_is_the_unedited_model_to_the_bit(small: tuple[Store, Benchmark]) -> None:
