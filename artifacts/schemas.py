@@ -288,6 +288,7 @@ STORED: dict[str, tuple[Column, ...]] = {
     "protocols": PROTOCOL,
     "studies": STUDIES,
     "generations": TRIALS,
+    "finals": TRIALS,
     "selections": TRIALS,
     "winners": WINNER,
     "tests": TRIALS,
@@ -297,7 +298,7 @@ STORED: dict[str, tuple[Column, ...]] = {
     "reselections": TRIALS,
     "drift": DRIFT,
 }
-JUDGED = ("generations", "selections", "tests")  # a study's own trials
+JUDGED = ("generations", "finals", "selections", "tests")  # a study's own trials
 REJUDGED = ("retests", "reselections")  # some of them measured again, later
 NESTED = (*JUDGED, *REJUDGED)  # kinds with responses nested in their rows
 

@@ -14,7 +14,7 @@ from artifacts.errors import MissingArtifact, StoreError
 from artifacts.store import MANIFEST, Manifest, Store
 
 ROOTS = ("studies", "winners", "tests", "leaderboards", "figures", "labels", "drift")
-OF_A_STUDY = ("generations", "selections")  # belong to a study that made their protocol
+OF_A_STUDY = ("generations", "finals", "selections")  # belong to a study that made their protocol
 REMARKS = ("near_duplicates",)  # made from what studies use, and used by none
 READERS = 8
 

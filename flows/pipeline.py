@@ -1,4 +1,4 @@
-"""The diagram as code: prompts, activations, directions, search, selection, test, leaderboard.
+"""The diagram as code: prompts, activations, directions, search, finals, selection, test, ranking.
 
 Each line asks for one artifact. The same lines run inside a Prefect flow (`flows.benchmark`), run
 without Prefect (the command line when no server is configured), and list a plan.
@@ -14,6 +14,7 @@ from artifacts.store import Ref, Store
 from tasks.activations import cache_activations
 from tasks.baseline import measure_baseline
 from tasks.directions import compute_directions
+from tasks.finals import judge_finals
 from tasks.leaderboard import draw_trials, rank_trials
 from tasks.locked_test import measure_test
 from tasks.probe import probe_model
@@ -37,6 +38,7 @@ class Benchmark:
     protocol: Ref
     study: Ref
     generations: tuple[Ref, ...]
+    finals: Ref
     selection: Ref
     winner: Ref
     test: Ref
@@ -78,9 +80,16 @@ def run_pipeline(config: Config) -> Benchmark:
             prompts=search,
         )
         generations.append(generation)
+    finals = judge_finals(
+        generations=generations,
+        protocol=protocol,
+        config=config,
+        materials=materials,
+        prompts=search,
+    )
     selection = select_trials(
         config=config,
-        generations=generations,
+        generations=[*generations, finals],
         protocol=protocol,
         materials=materials,
         prompts=split_of(prompts, "selection"),
@@ -90,7 +99,7 @@ def run_pipeline(config: Config) -> Benchmark:
     test = measure_test(
         config=config, winner=winner, protocol=protocol, materials=materials, prompts=test_prompts
     )
-    leaderboard = rank_trials(generations=generations, selection=selection, test=test)
+    leaderboard = rank_trials(generations=[*generations, finals], selection=selection, test=test)
     figure = draw_trials(leaderboard=leaderboard)
     return Benchmark(
         prompts=prompts,
@@ -102,6 +111,7 @@ def run_pipeline(config: Config) -> Benchmark:
         protocol=protocol,
         study=study,
         generations=tuple(generations),
+        finals=finals,
         selection=selection,
         winner=winner,
         test=test,

@@ -2,7 +2,7 @@
 
 What costs least comes first: the KL of harmless prompts, then harmful prompts, the likeliest
 refusals first, then whether the others are refused. Between these steps a race may find that a
-trial is lost, and the rest of its prompts is never answered.
+trial is lost, and the rest of its prompts is not answered.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Lost = Callable[[Outcome, Outcome], bool]  # at best, at worst
 Progress = Callable[[int, int], None]
 
+OF_HARMFUL = ("refusals", "disclaimer_hits", "compliance")  # what harmful prompts decide
 FIRST_CHUNK = 32  # prompts before the first look at the race; every further chunk is twice as large
 
 
@@ -35,7 +36,9 @@ class Hearing:
     """One edit's answers and what is known of its outcome so far."""
 
     def __init__(self, bench: Bench, edit: Edit | None, drafts: Drafts) -> None:
-        self.bench, self.drafts, self.stopped = bench, drafts, False
+        self.bench, self.drafts = bench, drafts
+        self.stopped = False  # lost; what is known of it is all there will be
+        self.doomed = False  # lost as soon as its harmful prompts are answered, whatever they say
         self.sitting = bench.engine.sit(edit)
         self._kl: dict[int, float] = {}
         self._rows: dict[int, Row] = {}
@@ -94,6 +97,11 @@ class Hearing:
             gated=best.gated or any(still.values()),
         )
         return best, worst
+
+    @property
+    def complete(self) -> bool:
+        """Whether every prompt of the split is answered."""
+        return len(self.sitting.found) == self.bench.prompts.height
 
     def verify(self, prompts: Sequence[int]) -> None:
         """Answer as many of these prompts as known responses tell."""
@@ -209,12 +217,13 @@ def _open(
 ) -> None:
     """All that one edit's drafts tell; what waits for more goes into the pools."""
     hearing.measure_kl(base_logits)
+    hearing.doomed = _is_doomed(hearing, max_kl, lost)
     waiting: list[tuple[Pool, list[int]]] = []
     for name in ("harmful", "harmless", "borderline"):
         prompts, pool = hearing.bench.of_class(name), pools.get(name, pools["others"])
         if not prompts:
             continue
-        if _is_lost(hearing, max_kl, lost):
+        if _is_lost(hearing, max_kl, lost) or (name != "harmful" and hearing.doomed):
             break
         if name != "harmless":
             hearing.sitting.first_logits(prompts)
@@ -251,14 +260,24 @@ def _finish(
     """Decode what waits, harmful prompts first: their refusals may lose a race."""
     pools["harmful"].run(told)
     for hearing in hearings:
-        if not hearing.stopped and _is_lost(hearing, max_kl, lost):
+        if hearing.doomed and not hearing.complete:
+            hearing.stopped = True
+        elif not hearing.stopped and _is_lost(hearing, max_kl, lost):
             pools["others"].forget(hearing.sitting)
     pools["others"].run(told)
 
 
 def _is_lost(hearing: Hearing, max_kl: float, lost: Lost | None) -> bool:
     """Look at the race. A hearing that is complete is not stopped."""
-    complete = len(hearing.sitting.found) == hearing.bench.prompts.height
-    if lost is not None and not complete and lost(*hearing.range_of_outcomes(max_kl)):
+    if lost is not None and not hearing.complete and lost(*hearing.range_of_outcomes(max_kl)):
         hearing.stopped = True
     return hearing.stopped
+
+
+def _is_doomed(hearing: Hearing, max_kl: float, lost: Lost | None) -> bool:
+    """Whether a trial will be lost even if its harmful prompts are answered as one could wish."""
+    if lost is None:
+        return False
+    best, worst = hearing.range_of_outcomes(max_kl)
+    of_harmful = {name: getattr(best, name) for name in OF_HARMFUL}
+    return lost(best, replace(worst, **of_harmful))

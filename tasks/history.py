@@ -37,22 +37,21 @@ def told(
 
 
 def race(previous: Ref | None, search: SearchSpec, base: Outcome) -> Lost | None:
-    """Tells whether a trial of the next generation is lost; None if none can be yet."""
-    ended = [outcome(row) for row in _judged(previous) if not row["stopped"]]
-    final = [outcome(row) for row in _judged(previous) if _is_final(row, search)]
-    best_group = 0 if search.sampler == "random" else search.best_group or LARGEST_BEST_GROUP
-    if not search.racing or len(ended) < search.finalists:
+    """Tells whether a trial of the next generation is lost; None if none is raced."""
+    if not search.racing:
         return None
+    earlier = list(_judged(previous))
     run = Race(
-        [values_of(each, search, base) for each in final],
-        [place_of(each) for each in ended],
-        best_group,
+        [values_of(outcome(row), search, base) for row in earlier if _is_final(row, search)],
+        [place_of(outcome(row)) for row in earlier],
+        0 if search.sampler == "random" else search.best_group or LARGEST_BEST_GROUP,
         search.finalists,
     )
 
     def lost(best: Outcome, worst: Outcome) -> bool:
         values = values_of(best, search, base), values_of(worst, search, base)
-        return run.lost(*values, place_of(best))
+        known = best.refusals == worst.refusals
+        return run.lost(*values, place_of(best), harmful_known=known)
 
     return lost
 

@@ -25,8 +25,12 @@ from tasks.trials import Trial, open_court, to_frame
 
 
 class Case(TypedDict):
-    """What the trials of a search are judged by, and the generation before them."""
+    """What the trials of a search are judged by, and the generation before them.
 
+    `whole`: judged to their end, whatever a race would say.
+    """
+
+    whole: bool
     previous: Ref | None
     protocol: Ref
     config: Config
@@ -63,7 +67,7 @@ def cut(trials: Sequence[Trial], parts: int) -> list[tuple[Trial, ...]]:
 
 @stage(
     "shards",
-    version=2,
+    version=3,
     ignore=("config",),  # the protocol holds what of it counts
     identify={"trials": lambda trials: [[t.arm, t.number, dict(t.parameters)] for t in trials]},
     label=lambda trials, **_: trial_numbers(trials[0].number, len(trials)),
@@ -72,6 +76,7 @@ def cut(trials: Sequence[Trial], parts: int) -> list[tuple[Trial, ...]]:
 def judge_shard(
     *,
     trials: Sequence[Trial],
+    whole: bool,
     previous: Ref | None,
     protocol: Ref,
     config: Config,
@@ -80,7 +85,12 @@ def judge_shard(
 ) -> Made:
     """Judge some of a generation's trials."""
     case = Case(
-        previous=previous, protocol=protocol, config=config, materials=materials, prompts=prompts
+        whole=whole,
+        previous=previous,
+        protocol=protocol,
+        config=config,
+        materials=materials,
+        prompts=prompts,
     )
     return Made(to_frame(_judge_here(trials, case)))
 
@@ -89,5 +99,6 @@ def _judge_here(trials: Sequence[Trial], case: Case) -> list[Row]:
     previous, config, materials = case["previous"], case["config"], case["materials"]
     court, base = open_court("search", config, case["protocol"], materials, case["prompts"])
     learn_drafts(court.bench, materials["baseline"], previous)
-    lost = race(previous, config.search, base_outcome(base.rows, config.gates))
+    at_base = base_outcome(base.rows, config.gates)
+    lost = None if case["whole"] else race(previous, config.search, at_base)
     return court.judge(trials, [court.edit_of(trial.parameters) for trial in trials], lost)

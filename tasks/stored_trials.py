@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import polars as pl
@@ -88,7 +89,7 @@ def stored_trial(store: Store, study: str, number: int, validate: Validate) -> S
     if named is None:
         raise ModelError(f"no study '{study}'")
     protocol = input_of(named, "protocol")
-    for generation in store.manifests("generations"):
+    for generation in chain(store.manifests("finals"), store.manifests("generations")):
         if generation.inputs["protocol"]["key"] != protocol.key:
             continue
         rows = store.read(generation.ref).filter(pl.col("trial") == number).to_dicts()

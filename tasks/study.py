@@ -80,7 +80,7 @@ def name_study(*, config: Config, protocol: Ref) -> Made:
 
 @stage(
     "generations",
-    version=2,
+    version=3,
     ignore=("config",),  # the protocol holds what of it counts
     label=lambda number, count, config, **_: trial_numbers(
         number * config.search.generation, count
@@ -115,6 +115,11 @@ def judge_generation(
         for offset, parameters in enumerate(proposed)
     ]
     case = Case(
-        previous=previous, protocol=protocol, config=config, materials=materials, prompts=prompts
+        whole=False,
+        previous=previous,
+        protocol=protocol,
+        config=config,
+        materials=materials,
+        prompts=prompts,
     )
     return Made(to_frame(judge_trials(trials, case)))

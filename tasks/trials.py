@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from tasks.models.editing import Edit
 
 
+TRIAL_KEY = ["protocol", "arm", "trial", "split", "prompts"]
+
+
 @dataclass(frozen=True)
 class Trial:
     """One edit on trial: who asks for it, under which number, with which parameters."""
@@ -214,7 +217,10 @@ def trial_of(row: Mapping[str, Any]) -> Trial:
 
 
 def read_trials(refs: Sequence[Ref]) -> pl.DataFrame:
-    """Trial tables without their responses."""
+    """Trial tables without their responses; of a trial that the finals heard, that row alone."""
     store = current().store
-    tables = [store.read(ref) for ref in refs]
-    return pl.concat([table.drop("responses") for table in tables])
+    table = pl.concat([store.read(ref).drop("responses") for ref in refs])
+    stopped = pl.col("stopped").fill_null(False)
+    ended = table.filter(~stopped)
+    left = table.filter(stopped).join(ended, on=TRIAL_KEY, how="anti", nulls_equal=True)
+    return pl.concat([ended, left])

@@ -10,6 +10,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_study import trial_table, tribunal, write_config
 
 from artifacts.schemas import PARAMETERS as COLUMNS
@@ -18,7 +20,14 @@ from artifacts.store import Store
 from flows.settings import load_config
 from tasks.history import values_of
 from tasks.numerics.objective import Outcome
-from tasks.numerics.racing import LARGEST_BEST_GROUP, Place, Race, dominates, place_of
+from tasks.numerics.racing import (
+    LARGEST_BEST_GROUP,
+    Place,
+    Race,
+    dominates,
+    place_of,
+    undecided,
+)
 from tasks.sampler import propose
 
 HARMFUL, OTHERS = 24, 32
@@ -50,7 +59,7 @@ def judged(parameters: dict[str, Any], seed: int) -> Outcome:
         kl,
         refusals + noise.randrange(3),
         1 - refusals / HARMFUL * noise.random(),
-        kl > 0.06,
+        kl > 0.06 or noise.random() < 0.05,  # a gate that only whole answers tell
     )
 
 
@@ -60,37 +69,51 @@ def known(found: Outcome, harmful: bool) -> tuple[Outcome, Outcome]:
     told = {name: getattr(found, name) for name in of_harmful}
     best = told if harmful else dict(zip(of_harmful, (0, 0, 1.0), strict=True))
     worst = told if harmful else dict(zip(of_harmful, (HARMFUL, 99, 0.0), strict=True))
+    kl_alone = found.kl > 0.06
     return (
-        dataclasses.replace(found, overrefusals=0, harmless_overrefusals=0, **best),
-        dataclasses.replace(found, overrefusals=OTHERS, harmless_overrefusals=16, **worst),
+        dataclasses.replace(found, overrefusals=0, harmless_overrefusals=0, gated=kl_alone, **best),
+        dataclasses.replace(
+            found, overrefusals=OTHERS, harmless_overrefusals=16, gated=True, **worst
+        ),
     )
 
 
 def search(preset: str, seed: int, racing: bool) -> list[tuple[dict[str, Any], Outcome, bool]]:
-    """A whole search over the make-believe judge: parameters, what is known, stopped."""
+    """A whole search over the make-believe judge, finals and all: parameters, known, stopped."""
     overrides = [f"search.preset={preset}", "search.trials=64", "search.startup=12"]
     config: Config = load_config("organism", [*overrides, "search.generation=4"])
     spec: SearchSpec = config.search
     trials: list[tuple[dict[str, Any], Outcome, bool]] = []
+    values_known: list[bool] = []
     for generation in range(16):
         history = [(p, values_of(found, spec, BASE)) for p, found, _ in trials]
-        ended = [found for _, found, stopped in trials if not stopped]
+        final = [
+            f for (_, f, _), known_values in zip(trials, values_known, strict=True) if known_values
+        ]
         race = Race(
-            [values_of(each, spec, BASE) for each in ended],
-            [place_of(each) for each in ended],
+            [values_of(each, spec, BASE) for each in final],
+            [place_of(each) for _, each, _ in trials],
             0 if spec.sampler == "random" else spec.best_group or LARGEST_BEST_GROUP,
             spec.finalists,
         )
         proposals = propose(spec, 8, history, generation=generation, count=4, seed=seed)
         for parameters in proposals:
             truth = judged(parameters, seed)
-            found, stopped = truth, False
+            found, stopped, final_values = truth, False, True
             for best, worst in (known(truth, False), known(truth, True)):
                 values = values_of(best, spec, BASE), values_of(worst, spec, BASE)
-                if racing and race.lost(*values, place_of(best)):
-                    found, stopped = best, True
+                all_known = best.refusals == worst.refusals
+                if racing and race.lost(*values, place_of(best), harmful_known=all_known):
+                    found, stopped, final_values = best, True, values[0] == values[1]
                     break
             trials.append((parameters, found, stopped))
+            values_known.append(final_values)
+    while numbers := undecided(
+        [place_of(found) for _, found, _ in trials], [not s for _, _, s in trials], spec.finalists
+    ):
+        for number in numbers:
+            parameters = trials[number][0]
+            trials[number] = parameters, judged(parameters, seed), False
     return trials
 
 
@@ -125,24 +148,71 @@ def front(places: list[tuple[Place, int]]) -> set[int]:
 
 def test_a_group_that_is_too_small_changes_the_search() -> None:
     """The negative twin: whoever stops trials that matter is found out by the law above."""
-    spec = load_config("organism", ["search.startup=4"]).search
     values = [(float(i),) for i in range(12)]
     places = [(False, i, 0, 0.0) for i in range(12)]
     contender = ((4.5,), (9.0,), (False, 4, 0, 0.5))
-    assert not Race(values, places, spec.best_group or 25, 8).lost(*contender)
-    assert Race(values, places, 2, 2).lost(*contender)
+    assert not Race(values, places, 25, 8).lost(*contender, harmful_known=True)
+    assert Race(values, places, 2, 8).lost(*contender, harmful_known=True)
 
 
-def test_both_the_sampler_and_the_ranking_have_to_be_done_with_a_trial() -> None:
+def test_the_sampler_has_to_be_done_with_a_trial_and_its_refusals_known_or_many() -> None:
     values, places = [(1.0,)] * 6, [(False, 0, 0, 0.01)] * 8
-    assert Race(values, places, 6, 8).lost((2.0,), (3.0,), (False, 1, 0, 0.02))
-    assert not Race(values, places, 7, 8).lost((2.0,), (3.0,), (False, 1, 0, 0.02))
-    assert not Race(values, places, 6, 9).lost((2.0,), (3.0,), (False, 1, 0, 0.02))
-    assert not Race(values, places, 6, 8).lost((1.0,), (3.0,), (False, 1, 0, 0.02)), "a tie"
-    assert not Race(values, places, 6, 8).lost((2.0,), (3.0,), (False, 0, 0, 0.01))
-    assert Race(values, places, 9, 8).lost((1.0,), (1.0,), (False, 1, 0, 0.02)), "values are final"
-    assert not Race(values, places, 6, 8).lost((2.0,), (3.0,), (False, 1, 0, 0.009)), "on the front"
-    assert Race(values, places, 6, 8).lost((2.0,), (3.0,), (True, 1, 0, 0.009)), "gated, so off it"
+
+    def lost(
+        best_group: int, finalists: int, best: float, worst: float, harmful_known: bool
+    ) -> bool:
+        race = Race(values, places, best_group, finalists)
+        place = (False, 1, 0, 0.02)
+        return race.lost((best,), (worst,), place, harmful_known=harmful_known)
+
+    assert lost(6, 8, 2.0, 3.0, True)
+    assert not lost(7, 8, 2.0, 3.0, True)
+    assert not lost(6, 8, 1.0, 3.0, True), "a tie"
+    assert lost(9, 8, 1.0, 1.0, True), "values are final"
+    assert lost(6, 8, 2.0, 3.0, False)
+    assert not lost(6, 9, 2.0, 3.0, False), "it may be a finalist, and its refusals are open"
+
+
+Trials = list[tuple[Place, Place, bool]]  # at best, in truth, judged to its end
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 5)),
+            st.tuples(st.integers(0, 2), st.integers(0, 2)),
+            st.booleans(),  # gated in truth
+            st.booleans(),  # judged to its end
+        ),
+        max_size=20,
+    ),
+    st.integers(1, 5),
+)
+def test_the_finals_find_the_first_places_and_the_front_of_a_search_that_judged_everything(
+    drawn: list[tuple[tuple[int, int, int], tuple[int, int], bool, bool]], finalists: int
+) -> None:
+    trials: Trials = []
+    for (refusals, over, kl), (more_refusals, more_over), gated, ended in drawn:
+        truth = gated, refusals + more_refusals, over + more_over, kl / 100
+        best = truth if ended else (False, refusals, over, kl / 100)
+        trials.append((best, truth, ended))
+    places, ended_now = [best for best, _, _ in trials], [ended for _, _, ended in trials]
+    while numbers := undecided(places, ended_now, finalists):
+        assert not any(ended_now[number] for number in numbers), "nobody is heard twice"
+        for number in numbers:
+            places[number], ended_now[number] = trials[number][1], True
+    kept = [(places[i], i) for i, ended in enumerate(ended_now) if ended]
+    true = [(truth, i) for i, (_, truth, _) in enumerate(trials)]
+    assert sorted(kept)[:finalists] == sorted(true)[:finalists]
+    assert front(kept) == front(true)
+
+
+def test_the_finals_hear_nobody_who_cannot_matter() -> None:
+    places = [(False, 0, 1, 0.01), (False, 0, 0, 0.02), (False, 5, 0, 0.02), (True, 0, 0, 0.001)]
+    assert undecided(places, [True, True, False, False], 2) == []
+    assert undecided(places, [True, False, False, False], 2) == [1]
+    assert undecided(places, [True, True, False, False], 3) == [2], "it would be third"
+    assert undecided([], [], 8) == []
 
 
 def test_dominance() -> None:
@@ -186,6 +256,7 @@ def test_a_real_study_has_the_same_trials_and_the_same_winner(preset: str, tmp_p
     raced, whole = (table.filter(split="search").sort("trial") for table in tables.values())
     stopped = raced["stopped"]
     assert stopped.any(), "the race must stop somebody"
+    assert (~stopped).sum() >= 4, "the finals must hear somebody"
     assert raced.select(PARAMETERS).equals(whole.select(PARAMETERS))
     assert raced.filter(~stopped).equals(whole.filter(~stopped)), "judged to the end: to the bit"
     for name in ("refusals", "overrefusals", "disclaimer_hits"):
