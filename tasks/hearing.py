@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from artifacts.errors import ModelError
 from tasks.judging import Bench, Row
@@ -25,11 +25,21 @@ if TYPE_CHECKING:
     from tasks.models.editing import Edit
     from tasks.models.engine import Pool
 
-Lost = Callable[[Outcome, Outcome], bool]  # at best, at worst
 Progress = Callable[[int, int], None]
 
 OF_HARMFUL = ("refusals", "disclaimer_hits", "compliance")  # what harmful prompts decide
 FIRST_CHUNK = 32  # prompts before the first look at the race; every further chunk is twice as large
+
+
+class Lost(Protocol):
+    """Tells whether a trial is lost whose outcome lies between the best and the worst."""
+
+    @property
+    def early(self) -> bool:
+        """Whether a trial can be lost before its harmful prompts are answered."""
+        ...
+
+    def __call__(self, best: Outcome, worst: Outcome) -> bool: ...
 
 
 class Hearing:
@@ -181,12 +191,14 @@ def hear(
 ) -> list[Hearing]:
     """Hear every edit; with `lost`, only for as long as it can still matter.
 
-    Without a race the later ones draw on what the first one said. With one, when a trial stops
-    must not depend on its neighbours, so all draw on earlier generations alone.
+    The later ones draw on what the first one said. Not where a trial can be lost before its harmful
+    prompts are answered: when that is noticed must not depend on its neighbours, so all draw on
+    earlier generations alone.
     """
     from tasks.models.engine import Pool
 
-    drafts = bench.known.drafts if lost else bench.known.drafts.copy()
+    early = lost is not None and lost.early
+    drafts = bench.known.drafts if early else bench.known.drafts.copy()
     hearings = [Hearing(bench, edit, drafts) for edit in edits]
     pools = {name: Pool(bench.engine) for name in ("harmful", "others")}
 
@@ -198,7 +210,7 @@ def hear(
 
     for number, hearing in enumerate(hearings):
         _open(hearing, pools, base_logits, max_kl, lost, told)
-        first = lost is None and number == 0
+        first = not early and number == 0
         if first or sum(map(len, pools.values())) >= bench.engine.options.rows:
             _finish(hearings[: number + 1], pools, max_kl, lost, told)
         if first:
@@ -227,7 +239,7 @@ def _open(
             break
         if name != "harmless":
             hearing.sitting.first_logits(prompts)
-        for chunk in _chunks(hearing, prompts, lost is not None):
+        for chunk in _chunks(hearing, prompts, lost is not None and lost.early):
             hearing.verify(chunk)
             told()
             if _is_lost(hearing, max_kl, lost):

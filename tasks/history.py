@@ -6,7 +6,8 @@ process, or elsewhere, goes on exactly as it would have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from artifacts.schemas import PARAMETERS
@@ -36,6 +37,23 @@ def told(
     ]
 
 
+@dataclass(frozen=True)
+class _Lost:
+    """A race in a search's own values."""
+
+    race: Race
+    values: Callable[[Outcome], tuple[float, ...]]
+
+    @property
+    def early(self) -> bool:
+        return self.race.early
+
+    def __call__(self, best: Outcome, worst: Outcome) -> bool:
+        known = best.refusals == worst.refusals
+        values = self.values(best), self.values(worst)
+        return self.race.lost(*values, place_of(best), harmful_known=known)
+
+
 def race(previous: Ref | None, search: SearchSpec, base: Outcome) -> Lost | None:
     """Tells whether a trial of the next generation is lost; None if none is raced."""
     if not search.racing:
@@ -47,13 +65,7 @@ def race(previous: Ref | None, search: SearchSpec, base: Outcome) -> Lost | None
         0 if search.sampler == "random" else search.best_group or LARGEST_BEST_GROUP,
         search.finalists,
     )
-
-    def lost(best: Outcome, worst: Outcome) -> bool:
-        values = values_of(best, search, base), values_of(worst, search, base)
-        known = best.refusals == worst.refusals
-        return run.lost(*values, place_of(best), harmful_known=known)
-
-    return lost
+    return _Lost(run, lambda found: values_of(found, search, base))
 
 
 def _is_final(row: Mapping[str, Any], search: SearchSpec) -> bool:

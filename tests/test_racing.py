@@ -173,6 +173,13 @@ def test_the_sampler_has_to_be_done_with_a_trial_and_its_refusals_known_or_many(
     assert not lost(6, 9, 2.0, 3.0, False), "it may be a finalist, and its refusals are open"
 
 
+@pytest.mark.parametrize("count", [5, 6, 8, 12])
+def test_nobody_is_lost_early_where_the_race_says_so(count: int) -> None:
+    race = Race([(1.0,)] * count, [(False, 0, 0, 0.01)] * count, 6, 8)
+    assert race.early == (count >= 8)
+    assert race.lost((9.0,), (99.0,), (False, 9, 0, 9.0), harmful_known=False) == race.early
+
+
 Trials = list[tuple[Place, Place, bool]]  # at best, in truth, judged to its end
 
 

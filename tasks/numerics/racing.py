@@ -37,6 +37,11 @@ class Race:
     best_group: int
     finalists: int
 
+    @property
+    def early(self) -> bool:
+        """Whether a trial can be lost before its refusals are known."""
+        return len(self.places) >= self.finalists and len(self.values) >= self.best_group
+
     def lost(self, values: Values, worst: Values, place: Place, *, harmful_known: bool) -> bool:
         """Whether a trial is lost whose values end between these and whose place is no better.
 
