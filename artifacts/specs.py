@@ -189,10 +189,10 @@ class SearchSpec(PresetSpec):
         None, description="size of TPE's best group; None: Optuna's default for the objective"
     )
     racing: bool = Field(
-        True, description="stop a trial once it can be in no best group and no finalist"
+        True, description="stop a trial once the sampler needs to know no more of it"
     )
     finalists: Annotated[int, Field(ge=1)] = Field(
-        8, description="best trials that racing judges to their end; at least selection.candidates"
+        8, description="first places that the finals make exact; at least selection.candidates"
     )
     target_kl: Annotated[float, Field(ge=0)] = 0.01
     objective_weights: tuple[float, float, float] = Field(
@@ -246,12 +246,12 @@ class Config(Spec):
 
     @model_validator(mode="after")
     def _finalists_are_judged(self) -> Config:
-        """Whoever may be selected has to be judged to the end."""
+        """Whoever may be selected has to be heard in the finals."""
         search, candidates = self.search, self.selection.candidates
         if search.racing and candidates > search.finalists:
             raise ValueError(
                 f"selection.candidates {candidates} is more than search.finalists "
-                f"{search.finalists}, the trials that racing judges to their end; set "
+                f"{search.finalists}, the places that the finals make exact; set "
                 f"search.finalists={candidates}, or search.racing=false"
             )
         return self
