@@ -133,6 +133,10 @@ class Session:
             raise HereticError(f"HERETIC ran {len(found)} of {count} trials:\n{self._said()}")
         return found
 
+    def finals(self) -> float:
+        """HERETIC's trials leave nothing open."""
+        return 0.0
+
     def evaluate(self, model: Path) -> Seen:
         """Refusals and KL of a finished model against the job's."""
         self._start(config(self._job, 1, self._offload, evaluate=model))

@@ -9,8 +9,9 @@ twice: as released, and with `offload_outputs_to_cpu = false`, which spares it t
 collections per batch; the ratio is against the faster of both, `ratio_as_released` against the
 other. In a round every tool runs its trials while all others wait, the next round in the opposite
 order; a round's first trial is not counted. Loading, directions and the unedited model are not
-part of a trial. Tribunal also answers the harmless prompts (for overrefusals) where HERETIC only
-reads their first token: that is in its times.
+part of a trial. What a race left open and the ranking needs is judged after the last round, and its
+time is shared among all trials. Tribunal also answers harmless prompts (for overrefusals) where
+HERETIC only reads their first token: that is in its times.
 
 HERETIC does not tell how long its responses are. Its tokens per second are estimated with the mean
 length of Tribunal's harmful responses, and marked so.
@@ -28,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,20 +66,22 @@ class Tool(Protocol):
     """What takes turns."""
 
     def trials(self, count: int) -> Sequence[Seen | Judged]: ...
+    def finals(self) -> float: ...
 
 
 @dataclass(frozen=True)
 class Turn:
-    """The counted trials of one tool in one round."""
+    """The counted trials of one tool in one round; `finals`: each one's share of those, seconds."""
 
     tool: str
     round: int
     trials: Sequence[Seen | Judged]
+    finals: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Mean seconds per trial."""
-        return statistics.fmean(trial.seconds or 0.0 for trial in self.trials)
+        """Mean seconds per trial, its share of the finals included."""
+        return statistics.fmean(trial.seconds or 0.0 for trial in self.trials) + self.finals
 
 
 def main() -> None:
@@ -152,7 +155,8 @@ def take_turns(name: str, tools: dict[str, Tool], rounds: int, trials: int) -> l
                 f"{name}, round {number + 1}/{rounds}, {tool}: "
                 f"{turns[-1].seconds:.2f} s per trial; about {left:.0f} s left for this model"
             )
-    return turns
+    finals = {tool: tools[tool].finals() / (rounds * trials) for tool in tools}
+    return [replace(turn, finals=finals[turn.tool]) for turn in turns]
 
 
 def summary(
@@ -218,6 +222,7 @@ def told(turns: Sequence[Turn], tool: str) -> Json:
         "name": tool,
         "trials": len(trials),
         "s_per_trial": statistics.fmean(turn.seconds for turn in own),
+        "s_of_finals_per_trial": own[0].finals,
         "s_per_trial_of_rounds": [turn.seconds for turn in own],
         "s_of_trials": [trial.seconds for trial in trials],
         "refusals": [trial.refusals for trial in trials],

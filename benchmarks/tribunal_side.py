@@ -2,9 +2,10 @@
 
     python benchmarks/tribunal_side.py CONFIG.toml STORE [KEY=VALUE ...]
 
-Then "12" on standard input means 12 more trials, and a line of JSON is the answer. Only trials are
-timed, each from the end of the one before it: asking the sampler, editing, judging, labels,
-storing. The pipeline is stopped after the last one, for nothing that comes later is compared.
+Then "12" on standard input means 12 more trials, and a line of JSON is the answer. Trials are timed
+each from the end of the one before it: asking the sampler, editing, judging, labels, storing. The
+pipeline is stopped after the last one. "finals" asks how many seconds it takes to judge to its end
+what the race left open. Nothing that comes later is compared.
 """
 
 from __future__ import annotations
@@ -81,22 +82,22 @@ class Enough(Exception):
 
 
 class Stopwatch:
-    """A reporter that stamps every new trial and stops the pipeline after the last one."""
+    """A reporter that stamps every new trial and stops the pipeline after the last artifact."""
 
-    def __init__(self, last: int) -> None:
-        self._last, self._seen, self.ends = last, 0, list[tuple[Ref, float]]()
+    def __init__(self, last: str, count: int) -> None:
+        self._last, self._left, self.ends = last, count, list[tuple[Ref, float]]()
+        self.seconds = 0.0  # of the last one
 
     def started(self, label: str, work: int) -> None: ...
     def advanced(self, done: int, total: int) -> None: ...
     def said(self, line: str) -> None: ...
 
     def finished(self, label: str, ref: Ref, seconds: float, cached: bool) -> None:
-        if ref.kind != "generations":
-            return
-        self._seen += 1
-        if not cached:
+        if ref.kind == "generations" and not cached:
             self.ends.append((ref, time.perf_counter()))
-        if self._seen == self._last:
+        self._left -= ref.kind == self._last
+        if not self._left:
+            self.seconds = seconds
             raise Enough
 
 
@@ -105,13 +106,15 @@ def serve(file: str, store: Store, overrides: Sequence[str]) -> None:
     settings, done = Settings(), 0
     engine = EngineOptions(**json.loads(os.environ.get(ENGINE, "{}")))
     for request in sys.stdin:
-        done += int(request)
-        watch = Stopwatch(done)
+        finals = request.strip() == "finals"
+        done += 0 if finals else int(request)
+        watch = Stopwatch("finals", 1) if finals else Stopwatch("generations", done)
         told = load_config(file, [*overrides, f"search.trials={done}"])
         with contextlib.suppress(Enough), settings.running(store, watch) as runtime:
             runtime.engine = engine
             run_pipeline(told)
-        print(json.dumps([asdict(trial) for trial in judged(store, watch.ends)]), flush=True)
+        found = [asdict(trial) for trial in judged(store, watch.ends)]
+        print(json.dumps(watch.seconds if finals else found), flush=True)
 
 
 def judged(store: Store, ends: Sequence[tuple[Ref, float]]) -> list[Judged]:
@@ -157,14 +160,21 @@ class Session:
 
     def trials(self, count: int) -> list[Judged]:
         """Run `count` more trials of the same search."""
+        return [Judged(**trial) for trial in self._ask(str(count))]
+
+    def finals(self) -> float:
+        """Seconds to judge to their end the trials that may still be first or on the front."""
+        return float(self._ask("finals"))
+
+    def _ask(self, request: str) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.write(f"{request}\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("Tribunal's process ended; its words are above")
-        return [Judged(**trial) for trial in json.loads(answer)]
+        return json.loads(answer)
 
 
 if __name__ == "__main__":

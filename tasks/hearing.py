@@ -43,15 +43,21 @@ class Lost(Protocol):
 
 
 class Hearing:
-    """One edit's answers and what is known of its outcome so far."""
+    """One edit's answers and what is known of its outcome so far.
 
-    def __init__(self, bench: Bench, edit: Edit | None, drafts: Drafts) -> None:
+    `recalled`: rows of prompts that it answered before, which are not answered again.
+    """
+
+    def __init__(
+        self, bench: Bench, edit: Edit | None, drafts: Drafts, recalled: Mapping[int, Row]
+    ) -> None:
         self.bench, self.drafts = bench, drafts
         self.stopped = False  # lost; what is known of it is all there will be
         self.doomed = False  # lost as soon as its harmful prompts are answered, whatever they say
         self.sitting = bench.engine.sit(edit)
         self._kl: dict[int, float] = {}
-        self._rows: dict[int, Row] = {}
+        self._rows = dict(recalled)
+        self._recalled = recalled.keys()
         self.first_logits: torch.Tensor  # [harmless, vocabulary], raw
 
     def measure_kl(self, base_logits: torch.Tensor | None) -> None:
@@ -109,9 +115,18 @@ class Hearing:
         return best, worst
 
     @property
+    def answered(self) -> int:
+        """Prompts of the split that are answered."""
+        return len(self._recalled | self.sitting.found.keys())
+
+    @property
     def complete(self) -> bool:
         """Whether every prompt of the split is answered."""
-        return len(self.sitting.found) == self.bench.prompts.height
+        return self.answered == self.bench.prompts.height
+
+    def open_prompts(self, prompt_class: str) -> list[int]:
+        """Prompts of a class to answer."""
+        return [p for p in self.bench.of_class(prompt_class) if p not in self._recalled]
 
     def verify(self, prompts: Sequence[int]) -> None:
         """Answer as many of these prompts as known responses tell."""
@@ -187,9 +202,12 @@ def hear(
     *,
     max_kl: float = math.inf,
     lost: Lost | None = None,
+    recalled: Sequence[Mapping[int, Row]] | None = None,
     on_progress: Progress | None = None,
 ) -> list[Hearing]:
     """Hear every edit; with `lost`, only for as long as it can still matter.
+
+    `recalled`: for each edit, rows by prompt that it answered before.
 
     The later ones draw on what the first one said. Not where a trial can be lost before its harmful
     prompts are answered: when that is noticed must not depend on its neighbours, so all draw on
@@ -199,13 +217,14 @@ def hear(
 
     early = lost is not None and lost.early
     drafts = bench.known.drafts if early else bench.known.drafts.copy()
-    hearings = [Hearing(bench, edit, drafts) for edit in edits]
+    known = recalled or [{}] * len(edits)
+    hearings = [Hearing(bench, e, drafts, k) for e, k in zip(edits, known, strict=True)]
     pools = {name: Pool(bench.engine) for name in ("harmful", "others")}
 
     def told() -> None:
         if on_progress is not None:
             size = bench.prompts.height
-            done = sum(size if h.stopped else len(h.sitting.found) for h in hearings)
+            done = sum(size if h.stopped else h.answered for h in hearings)
             on_progress(done, len(hearings) * size)
 
     for number, hearing in enumerate(hearings):
@@ -232,13 +251,13 @@ def _open(
     hearing.doomed = _is_doomed(hearing, max_kl, lost)
     waiting: list[tuple[Pool, list[int]]] = []
     for name in ("harmful", "harmless", "borderline"):
-        prompts, pool = hearing.bench.of_class(name), pools.get(name, pools["others"])
+        prompts, pool = hearing.open_prompts(name), pools.get(name, pools["others"])
         if not prompts:
             continue
         if _is_lost(hearing, max_kl, lost) or (name != "harmful" and hearing.doomed):
             break
         if name != "harmless":
-            hearing.sitting.first_logits(prompts)
+            hearing.sitting.first_logits(hearing.bench.of_class(name))
         for chunk in _chunks(hearing, prompts, lost is not None and lost.early):
             hearing.verify(chunk)
             told()

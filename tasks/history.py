@@ -103,6 +103,22 @@ def learn_drafts(bench: Bench, baseline: Ref, previous: Ref | None) -> None:
         known.learnt.append(ref.digest)
 
 
+def recall(
+    bench: Bench, previous: Ref | None, trials: Sequence[int | None]
+) -> list[dict[int, Row]]:
+    """What each of these earlier trials answered, by prompt."""
+    places = _places(bench)
+    found: dict[int, dict[int, Row]] = {}
+    for ref in chain(previous):
+        numbers = {row["trial"] for row in _rows(ref)}
+        if numbers.isdisjoint(trials):
+            continue
+        for row in current().store.read(ref, ["trial", "responses"]).to_dicts():
+            told = {places[each["class"], each["prompt_id"]]: each for each in row["responses"]}
+            found[row["trial"]] = told
+    return [found[number] for number in trials if number is not None]
+
+
 def chain(last: Ref | None) -> Sequence[Ref]:
     """All generations up to `last`, oldest first."""
     found = []
@@ -121,9 +137,13 @@ _before: dict[Ref, Ref | None] = {}
 def _judged(previous: Ref | None) -> Iterator[Mapping[str, Any]]:
     """Rows of every earlier trial, in order, each read once per process: artifacts never change."""
     for ref in chain(previous):
-        if ref.digest not in _read:
-            _read[ref.digest] = current().store.read(ref).drop("responses").to_dicts()
-        yield from _read[ref.digest]
+        yield from _rows(ref)
+
+
+def _rows(ref: Ref) -> list[dict[str, Any]]:
+    if ref.digest not in _read:
+        _read[ref.digest] = current().store.read(ref).drop("responses").to_dicts()
+    return _read[ref.digest]
 
 
 _read: dict[str, list[dict[str, Any]]] = {}
@@ -139,8 +159,7 @@ def _responses(bench: Bench, ref: Ref) -> list[tuple[int, list[int]]]:
         for trial in (frame["responses"].to_list() if "responses" in frame else [frame.to_dicts()])
         for answer in trial
     ]
-    names = bench.prompts.select("class", "prompt_id").iter_rows()
-    places = {name: index for index, name in enumerate(names)}
+    places = _places(bench)
     texts = sorted({answer["response"] for answer in answers})
     tokens = dict(zip(texts, encode(bench.loaded.tokenizer, texts), strict=True))
     end = sorted(bench.engine.eos)[:1]
@@ -151,3 +170,9 @@ def _responses(bench: Bench, ref: Ref) -> list[tuple[int, list[int]]]:
         )
         for answer in answers
     ]
+
+
+def _places(bench: Bench) -> dict[tuple[str, str], int]:
+    """Where each prompt of a split is, by class and prompt_id."""
+    names = bench.prompts.select("class", "prompt_id").iter_rows()
+    return {(prompt_class, name): index for index, (prompt_class, name) in enumerate(names)}

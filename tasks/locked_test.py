@@ -49,7 +49,7 @@ def measure_test(
         name: _control(name, court, trial, config.seed) for name in config.selection.controls
     }
     unedited = court.row(Trial("unedited", None, {}), base.rows)
-    judged = court.judge([replace(trial, arm=arm) for arm in edits], list(edits.values()))
+    judged = court.judge([replace(trial, arm=arm) for arm in edits], edits=list(edits.values()))
     return Made(to_frame([judged[0], unedited, *judged[1:]]), {"trial": trial.number})
 
 

@@ -196,7 +196,7 @@ def retest_winner(
     trial = frozen_trial(winner)
     refuse_other_trials(current().store, protocol.key, prompts, trial.number)
     court, base = open_court("test", config, protocol, materials, prompts)
-    judged = court.judge([trial], [court.edit_of(trial.parameters)])
+    judged = court.judge([trial])
     unedited = court.row(Trial("unedited", None, {}), base.rows)
     return Made(to_frame([*judged, unedited]), {"trial": trial.number})
 
@@ -222,4 +222,4 @@ def rejudge_candidates(
     candidates = current().store.read(selection).drop("responses")
     court, _ = open_court("selection", config, protocol, materials, prompts)
     trials = [trial_of(row) for row in candidates.to_dicts()]
-    return Made(to_frame(court.judge(trials, [court.edit_of(t.parameters) for t in trials])))
+    return Made(to_frame(court.judge(trials)))

@@ -32,8 +32,7 @@ def select_trials(
     """Judge the best trials of the search on the selection split."""
     best = rank_frame(read_trials(generations)).head(config.selection.candidates)
     court, _ = open_court("selection", config, protocol, materials, prompts)
-    trials = [trial_of(row) for row in best.to_dicts()]
-    return Made(to_frame(court.judge(trials, [court.edit_of(t.parameters) for t in trials])))
+    return Made(to_frame(court.judge([trial_of(row) for row in best.to_dicts()])))
 
 
 @stage(

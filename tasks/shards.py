@@ -17,7 +17,7 @@ from typing import TypedDict
 
 from artifacts.specs import Config
 from artifacts.store import Ref
-from tasks.history import base_outcome, learn_drafts, race
+from tasks.history import base_outcome, learn_drafts, race, recall
 from tasks.judging import Row
 from tasks.probe import open_model, read_card
 from tasks.stage import Made, current, stage
@@ -99,6 +99,7 @@ def _judge_here(trials: Sequence[Trial], case: Case) -> list[Row]:
     previous, config, materials = case["previous"], case["config"], case["materials"]
     court, base = open_court("search", config, case["protocol"], materials, case["prompts"])
     learn_drafts(court.bench, materials["baseline"], previous)
-    at_base = base_outcome(base.rows, config.gates)
-    lost = None if case["whole"] else race(previous, config.search, at_base)
-    return court.judge(trials, [court.edit_of(trial.parameters) for trial in trials], lost)
+    if case["whole"]:
+        numbers = [trial.number for trial in trials]
+        return court.judge(trials, recalled=recall(court.bench, previous, numbers))
+    return court.judge(trials, race(previous, config.search, base_outcome(base.rows, config.gates)))

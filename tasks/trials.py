@@ -68,15 +68,23 @@ class Court:
             raise ModelError(f"a trial's edit cannot be made: {error}") from error
 
     def judge(
-        self, trials: Sequence[Trial], edits: Sequence[Edit], lost: Lost | None = None
+        self,
+        trials: Sequence[Trial],
+        lost: Lost | None = None,
+        recalled: Sequence[Mapping[int, Row]] | None = None,
+        edits: Sequence[Edit] | None = None,
     ) -> list[Row]:
-        """A row per trial; a trial that is `lost` is stopped, and its row says so."""
+        """A row per trial; a trial that is `lost` is stopped, and its row says so.
+
+        `recalled`: what each trial answered before, by prompt; `edits`: default: the trials' own.
+        """
         hearings = hear(
             self.bench,
-            edits,
+            edits or [self.edit_of(trial.parameters) for trial in trials],
             self.base_logits,
             max_kl=self.gates.max_kl,
             lost=lost,
+            recalled=recalled,
             on_progress=current().reporter.advanced,
         )
         return [

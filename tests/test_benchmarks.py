@@ -153,6 +153,9 @@ class Fixed:
     def __init__(self, name: str, seconds: float, log: list[str]) -> None:
         self.name, self.seconds, self.log = name, seconds, log
 
+    def finals(self) -> float:
+        return 6.0 if self.name == "fast" else 0.0
+
     def trials(self, count: int) -> Sequence[Seen]:
         self.log.append(self.name)
         return [Seen(n, 1000.0 if n == 0 else self.seconds, 0, 0.0) for n in range(count)]
@@ -163,9 +166,9 @@ def test_tools_take_turns_and_the_first_trial_of_a_round_does_not_count() -> Non
     tools: dict[str, Any] = {"slow": Fixed("slow", 6.0, log), "fast": Fixed("fast", 2.0, log)}
     turns = trials.take_turns("organism", tools, 2, 3)
     assert log == ["slow", "fast", "fast", "slow"]
-    assert trials.ratios(turns, "slow", "fast") == [3.0, 3.0]
+    assert trials.ratios(turns, "slow", "fast") == [2.0, 2.0]
     told = trials.told(turns, "fast")
-    assert (told["trials"], told["s_per_trial"]) == (4, 2.0)
+    assert (told["trials"], told["s_per_trial"]) == (4, 3.0), "six seconds of finals for six trials"
 
 
 def test_prompts_are_one_to_a_line(tmp_path: Path) -> None:
@@ -277,6 +280,7 @@ def test_our_half_runs_and_goes_on(tmp_path: Path) -> None:
     trials.write_prompts(asked.prompts)
     with tribunal_side.Session(tmp_path / "ours", asked, trials.VARIANTS[0]) as session:
         first, second = session.trials(2), session.trials(1)
+        assert session.finals() > 0
     assert [trial.number for trial in [*first, *second]] == [0, 1, 2]
     assert first[0].seconds is None
     assert (first[1].seconds or 0) > 0

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -194,10 +195,10 @@ def test_a_row_alone_rebuilds_its_edit(small: tuple[Store, Benchmark], config_pa
         prompts = split_of(found.prompts, "search")
         court, _ = open_court("search", config, found.protocol, materials, prompts)
         trial = trial_of(stored)
-        again = court.judge([trial], [court.edit_of(trial.parameters)])[0]
+        again = court.judge([trial])[0]
         assert again == stored
         moved = trial.parameters | {"attn_o_proj_max_weight": 0.0}
-        assert court.judge([trial], [court.edit_of(moved)])[0] != stored
+        assert court.judge([replace(trial, parameters=moved)])[0] != stored
 
 
 def test_activations_are_computed_per_prompt(
