@@ -93,6 +93,7 @@ class Torn:
         rows = self.store.read(found.generations[0]).drop("responses").to_dicts()
         judge_shard(
             trials=[trial_of(row) for row in rows],
+            whole=False,
             previous=None,
             protocol=found.protocol,
             config=config,
