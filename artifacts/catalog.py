@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from artifacts.errors import DamageWarning, QueryError, StoreError
+from artifacts.figure_schemas import FIGURES
 from artifacts.places import WORKSHOPS
 from artifacts.sandbox import run_apart
-from artifacts.schemas import NESTED, RESPONSE, STORED, TRIALS, Column, polars_schema
+from artifacts.schemas import NESTED, RESPONSE, TABLES, TRIALS, Column, polars_schema
 from artifacts.sql_guard import refuse_all_but_select
 from artifacts.store import MANIFEST, Store
 
@@ -167,7 +168,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: boo
         )
     connection.execute(_artifacts_view(store, glob and bool(manifests)))
     torn = max(there, len(manifests)) - len(whole)
-    for kind, columns in STORED.items():
+    for kind, columns in TABLES.items():
         own = {m.key: store.place.url(path) for m, path in whole if m.kind == kind}
         files = list(own.values())
         if glob and files:
@@ -180,6 +181,8 @@ def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: boo
             torn += len(own) - len(files)
             connection.execute(view + _stored(kind, columns, files))
     connection.execute(query_text("views"))
+    for kind in FIGURES:
+        connection.execute(f"CREATE VIEW {kind} AS FROM stored_{kind}")
     for view, query in (("ranking", "rank"), ("pareto", "pareto"), ("leaderboard", "leaderboard")):
         connection.execute(f"CREATE VIEW {view} AS {query_text(query)}")
     if torn > 0:

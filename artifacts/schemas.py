@@ -6,29 +6,17 @@ so the documentation cannot drift from the data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from artifacts.columns import Column as Column
+from artifacts.columns import columns as _columns
+from artifacts.figure_schemas import FIGURES
 
 if TYPE_CHECKING:
     import polars as pl
 
 
 COMPONENTS = ("attn_o_proj", "mlp_down_proj")  # here, not in specs: SQL runs without pydantic
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: DuckDB type, and what it means with its unit."""
-
-    name: str
-    type: str
-    meaning: str
-
-
-def _columns(text: str) -> tuple[Column, ...]:
-    """Columns from lines 'name | TYPE | meaning'."""
-    rows = (line.split("|", 2) for line in text.strip().splitlines())
-    return tuple(Column(name.strip(), kind.strip(), why.strip()) for name, kind, why in rows)
 
 
 PROMPTS = _columns("""
@@ -298,6 +286,7 @@ STORED: dict[str, tuple[Column, ...]] = {
     "reselections": TRIALS,
     "drift": DRIFT,
 }
+TABLES = STORED | FIGURES  # every kind with a table
 JUDGED = ("generations", "finals", "selections", "tests")  # a study's own trials
 REJUDGED = ("retests", "reselections")  # some of them measured again, later
 NESTED = (*JUDGED, *REJUDGED)  # kinds with responses nested in their rows
@@ -347,3 +336,4 @@ VIEWS: dict[str, tuple[Column, ...]] = {
         provenance | JSON | versions and device; not part of the key
     """),
 }
+VIEWS |= {kind: (*table, _KEY) for kind, table in FIGURES.items()}

@@ -21,6 +21,7 @@ from rich.padding import Padding
 from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
 from flows import display, drift_commands, export_commands
+from flows.figures import commands as figure_commands
 from flows.logs import with_log
 from flows.options import (
     ConfigArgument,
@@ -65,6 +66,7 @@ app.add_typer(organism_app, name="organism")
 app.command()(worker)
 drift_commands.register(app)
 export_commands.register(app)
+figure_commands.register(app)
 app.command(epilog="Example: tribunal study ten-models --set search.trials=8")(study)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from artifacts.errors import MissingArtifact, StoreError
 from artifacts.store import MANIFEST, Manifest, Store
 
-ROOTS = ("studies", "winners", "tests", "leaderboards", "figures", "labels", "drift")
+ROOTS = ("studies", "winners", "tests", "leaderboards", "figures", "pictures", "labels", "drift")
 OF_A_STUDY = ("generations", "finals", "selections")  # belong to a study that made their protocol
 REMARKS = ("near_duplicates",)  # made from what studies use, and used by none
 READERS = 8

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,13 +164,24 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: no such config, an unknown key, a wrong type or value.
     """
-    file = find_file(name, shipped("configs"))
+    return validate(load_tree(name, "configs", config_names, overrides), name)
+
+
+def load_tree(
+    name: str, folder: str, names: Callable[[], Iterable[str]], overrides: Sequence[str]
+) -> Tree:
+    """The tree of a TOML path or of a name in flows/`folder`, with `a.b=c` overrides.
+
+    Raises:
+        ConfigError: no such file, or it cannot be read; `names` are those to suggest.
+    """
+    file = find_file(name, shipped(folder))
     if file is None:
-        raise ConfigError.unknown("config", name, config_names())
+        raise ConfigError.unknown("config", name, names())
     tree = _merged(file)
     for override in overrides:
         tree = merge(tree, _parse_override(override))
-    return validate(tree, name)
+    return tree
 
 
 def validate(tree: Tree, name: str = "config") -> Config:

@@ -101,6 +101,21 @@ def read_prompts(source: PromptSource, base: Path | None = None) -> PromptSet:
     return PromptSet(list(found.values()), len(cells) - len(found), table.resolved)
 
 
+def read_cells(
+    source: PromptSource, columns: Sequence[str], base: Path | None = None
+) -> list[tuple[str, ...]]:
+    """Some text columns of the rows that a source's split asks for; nothing is dropped.
+
+    Raises:
+        PromptError: as `read_prompts`, for every one of these columns.
+    """
+    name, *bounds = _parse_split(source.split)
+    table = _open(source, str(name), base)
+    rows = _rows(source.split, bounds, table)
+    found = [_texts(table, _column(column, table), rows) for column in columns]
+    return list(zip(*found, strict=True))
+
+
 def source_identity(source: PromptSource, base: Path | None = None) -> dict[str, Json]:
     """What of a source counts in an artifact's key: every field, with content in place of a path.
 

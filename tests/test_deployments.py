@@ -56,6 +56,10 @@ def test_the_deployments_are_these() -> None:
         "benchmark/adhoc",
         "study/ten-models",
         "rebenchmark/weekly",
+        "heads/organism",
+        "norms/organism",
+        "activity/organism",
+        "divergence/organism",
     }
 
 

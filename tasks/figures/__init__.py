@@ -1,0 +1,1 @@
+"""Do: the four figures. What is measured, what is computed from it, and the pictures."""
