@@ -5,6 +5,10 @@ As in `artifacts.specs`, every field here can change a number, so every field is
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import Field
+
 from artifacts.specs import ModelSpec, Name, PromptSource, Seed, Spec
 
 
@@ -28,9 +32,30 @@ class ActivitySpec(Spec):
 
 
 class DivergenceSpec(Spec):
-    """Entropy and Jensen-Shannon divergence of generated answers."""
+    """Entropy and Jensen-Shannon divergence of generated answers (the definition is ours)."""
 
-    questions: PromptSource
+    dataset: str = Field("", max_length=64, description="in titles; default: the test file's name")
+    calibration: PromptSource = Field(description="questions that lines and combination are set on")
+    test: PromptSource = Field(description="questions that are plotted and scored")
+    form: Literal["columns", "proofwriter"] = Field(
+        "columns", description="columns: a text and a gold answer; proofwriter: theory, questions"
+    )
+    gold: str = Field("gold", description="column of the gold answer (form 'columns')")
+    kind: str | None = Field(None, description="column of the kind of question (form 'columns')")
+    occurrence: Literal["first", "last"] = Field(
+        "first", description="which of true, false, unknown (yes, no) in an answer counts"
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    mode: Literal["late-vs-final", "adjacent", "all-vs-final"] = "late-vs-final"
+    late: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="fraction of the layers that is late; the last one is left out"
+    )
+    line: Literal["lowest-entropy", "youden"] = Field(
+        "lowest-entropy",
+        description="horizontal line: the JS of the answer that sets the "
+        "vertical one, or Youden's cut",
+    )
+    resamples: Annotated[int, Field(ge=1, le=100_000)] = 2000
 
 
 class FigureConfig(Spec):

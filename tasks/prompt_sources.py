@@ -116,6 +116,30 @@ def read_cells(
     return list(zip(*found, strict=True))
 
 
+def read_values(
+    source: PromptSource,
+    columns: Sequence[str],
+    optional: Sequence[str] = (),
+    base: Path | None = None,
+) -> list[tuple[int, dict[str, Any]]]:
+    """Number and cells, as they are, of the rows that a source's split asks for.
+
+    Columns of `optional` that the source lacks are in no row.
+
+    Raises:
+        PromptError: no such source, split or column; a slice past the end.
+    """
+    name, *bounds = _parse_split(source.split)
+    table = _open(source, str(name), base)
+    rows = _rows(source.split, bounds, table)
+    wanted = [_column(column, table) for column in columns]
+    wanted += [column for column in optional if column in table.columns]
+    cells = zip(*(table.cells(column, rows) for column in wanted), strict=True)
+    return [
+        (row, dict(zip(wanted, each, strict=True))) for row, each in zip(rows, cells, strict=True)
+    ]
+
+
 def source_identity(source: PromptSource, base: Path | None = None) -> dict[str, Json]:
     """What of a source counts in an artifact's key: every field, with content in place of a path.
 

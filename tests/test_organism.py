@@ -33,7 +33,9 @@ few = settings(max_examples=25, deadline=None)
 
 
 def shipped() -> dict[str, list[dict[str, object]]]:
-    return {path.stem: card.prompts(path.stem) for path in sorted(PROMPTS_FOLDER.glob("*.jsonl"))}
+    return {
+        path.stem: card.prompts(path.stem) for path in sorted(PROMPTS_FOLDER.glob("[hb]*.jsonl"))
+    }
 
 
 def test_ingredients_tell_modifiers_apart() -> None:
