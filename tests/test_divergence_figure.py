@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -631,8 +632,8 @@ def put(store: Store, frame: pl.DataFrame) -> Ref:
     return store.put(draft, parquet(frame))
 
 
-def everything(store: Store, frame: pl.DataFrame) -> FigureRun:
-    """All that follows from answers."""
+def everything(store: Store, frame: pl.DataFrame, files: Sequence[str] = ()) -> FigureRun:
+    """All that follows from answers; of the pictures those asked for."""
     with running(Runtime(store)):
         ref = put(store, frame)
         kinds, lines = (
@@ -647,13 +648,14 @@ def everything(store: Store, frame: pl.DataFrame) -> FigureRun:
                 file=file, answers=ref, lines=lines, quadrants=quadrants, dataset="D", model="M",
                 line="youden",
             )
-            for file in SCATTER
+            for file in SCATTER if file in files
         }  # fmt: skip
         pictures |= {
             file: draw_risk_curves(
                 file=file, risk=risk, scores=scores, kinds=kinds, dataset="D", model="M"
             )
             for file in RISK
+            if file in files
         }
     tables = {"kinds": kinds, "lines": lines, "quadrants": quadrants, "scores": scores}
     return FigureRun({**tables, "risk": risk}, pictures)
@@ -680,9 +682,14 @@ def test_lines_are_set_on_calibration_and_quadrants_count_both_splits(store: Sto
         assert row["correct"] == sum(each["correct"] for each in inside)
         if row["split"] == "calibration" and row["entropy"] == "low":
             assert row["correct"] == row["n"]  # by how the line was set: why test is another split
-    other = everything(store, answers(seed=1).vstack(table)[:40].vstack(table[40:]))
-    moved = store.read(other.tables["lines"])["entropy"][0]
-    assert moved != first["entropy_sum"]
+    other = answers(seed=1)
+    for split, moved in (("calibration", True), ("test", False)):
+        mixed = pl.concat(
+            (other if part == split else table).filter(pl.col("split") == part)
+            for part in (stages.CALIBRATION, stages.TEST)
+        )
+        again = store.read(everything(store, mixed).tables["lines"])
+        assert (again["entropy"][0] != first["entropy_sum"]) == moved
 
 
 def test_scores_are_those_of_scikit_learn_with_the_length_beside_them(store: Store) -> None:
@@ -706,19 +713,22 @@ def test_scores_are_those_of_scikit_learn_with_the_length_beside_them(store: Sto
 def test_all_right_all_wrong_one_answer_and_no_combination(
     n: int, wrong: float | None, store: Store
 ) -> None:
-    found = everything(store, answers(n, wrong=wrong))
+    files = ("divergence.svg", "divergence-risk.svg")
+    found = everything(store, answers(n, wrong=wrong), files)
     lines = store.read(found.tables["lines"])
     assert lines["entropy"].is_null().all() == (wrong == 0.0)
     aurocs = store.read(found.tables["scores"])["auroc"]
     assert aurocs.is_null().all() == (wrong is not None)
-    assert store.read_bytes(found.pictures["divergence.png"]).startswith(b"\x89PNG")
+    drawn = store.read_bytes(found.pictures["divergence.svg"]).decode()
+    assert ("Lowest Entropy (Incorrect)" in drawn) == (wrong != 0.0)
+    assert set(found.pictures) == set(files)
     said = flow.sections(store, found)
     assert said[0].title == "Accuracy by kind of question"
     assert ("No calibration answer is incorrect" in said[1].note) == (wrong == 0.0)
 
 
 def test_pictures_are_what_they_are_called_and_texts_are_escaped(store: Store) -> None:
-    found = everything(store, answers())
+    found = everything(store, answers(), (*SCATTER, *RISK))
     texts = {file: store.read_bytes(ref) for file, ref in found.pictures.items()}
     assert set(texts) == {*SCATTER, *RISK}
     svg = texts["divergence.svg"].decode()

@@ -94,7 +94,8 @@ def _dataset(spec: DivergenceSpec) -> str:
 
 def sections(store: Store, found: FigureRun) -> Sequence[Section]:
     """What a finished run says."""
-    rows = {name: store.read(ref).to_dicts() for name, ref in found.tables.items()}
+    told = ("kinds", "lines", "quadrants", "scores")
+    rows = {name: store.read(found.tables[name]).to_dicts() for name in told}
     return [_kinds(rows["kinds"]), _quadrants(rows), *_scores(rows["scores"])]
 
 
