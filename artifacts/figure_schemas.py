@@ -108,6 +108,9 @@ DIVERGENCE_SCORES = columns("""
     within | DOUBLE | the same over pairs of answers to questions of one kind
     within_low | DOUBLE | lower end
     within_high | DOUBLE | upper end
+    parsed | DOUBLE | the same over answers that say something that can be told
+    parsed_low | DOUBLE | lower end
+    parsed_high | DOUBLE | upper end
     gain | DOUBLE | auroc less that of the length in tokens, on the same answers
     gain_low | DOUBLE | lower end of its 95 % interval, paired
     gain_high | DOUBLE | upper end

@@ -617,7 +617,8 @@ def answers(n: int = 40, seed: int = 0, wrong: float | None = 0.4) -> pl.DataFra
                 {
                     "split": split, "prompt_id": f"{split}{i}", "kind": "ab"[i % 2],
                     "topic": f"{split}{i}", "question": "<b>Who?</b>", "gold": "x", "answer": "y",
-                    "prediction": "", "parsed": False, "correct": not bad[i], "ended": True,
+                    "prediction": "", "parsed": bool(rng.random() < 0.8 and n > 1),
+                    "correct": not bad[i], "ended": True,
                     "tokens": int(rng.integers(1, 9)), "entropy_sum": spread,
                     "entropy_mean": rng.random(), "js_late": 0.02 + 0.01 * rng.random(),
                     "js_adjacent": rng.random() / 9, "js_all": rng.random() / 9,
@@ -705,6 +706,10 @@ def test_scores_are_those_of_scikit_learn_with_the_length_beside_them(store: Sto
         assert row["gain"] == pytest.approx(expected - length)
         assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
         assert row["aurc"] == pytest.approx(plain_aurc(part[row["score"]].to_numpy(), wrong))
+        told = part.filter(pl.col("parsed"))
+        assert 20 < told.height < part.height
+        expected = roc_auc_score(~told["correct"].to_numpy(), told[row["score"]].to_numpy())
+        assert row["parsed"] == pytest.approx(expected)
         if row["score"] == "tokens":
             assert (row["gain_low"], row["gain_high"]) == (0, 0)
 

@@ -157,10 +157,9 @@ def _scores(rows: Rows) -> Sequence[Section]:
     told = [
         {
             "score": row["score"],
-            "AUROC": _share(row["auroc"]),
-            "95 %": _range(row["auroc_low"], row["auroc_high"]),
-            "in kind": _share(row["within"]),
-            "in kind 95 %": _range(row["within_low"], row["within_high"]),
+            "AUROC": _estimate(row, "auroc"),
+            "in kind": _estimate(row, "within"),
+            "parsed": _estimate(row, "parsed"),
             "over length": _range(row["gain_low"], row["gain_high"]),
             "AURC": _share(row["aurc"]),
         }
@@ -169,8 +168,9 @@ def _scores(rows: Rows) -> Sequence[Section]:
     n, wrong = here[0]["n"], here[0]["incorrect"]
     note = (
         f"Test split, n = {n}, {wrong} incorrect. AUROC: an incorrect answer scores higher than a "
-        "correct one; 'in kind' over pairs of one kind of question alone; 'over length' is the "
-        "95 % interval of AUROC less that of the length in tokens. AURC: mean risk over coverage, "
+        "correct one, with its 95 % interval; 'in kind' over pairs of one kind of question alone, "
+        "'parsed' without unparsed answers; 'over length' is the 95 % interval of AUROC less that "
+        "of the length in tokens. AURC: mean risk over coverage, "
         f"{_share(wrong / n)} if a score knows nothing. 'combined' was fitted on the calibration "
         "split. Intervals: bootstrap over questions (theories)."
     )
@@ -179,6 +179,12 @@ def _scores(rows: Rows) -> Sequence[Section]:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _estimate(row: Mapping[str, Any], name: str) -> str:
+    if row[name] is None:
+        return "-"
+    return f"{row[name]:.2f} {_range(row[f'{name}_low'], row[f'{name}_high'])}"
 
 
 def _range(low: float | None, high: float | None) -> str:

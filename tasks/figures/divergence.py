@@ -241,6 +241,7 @@ def _compared(part: pl.DataFrame, weights: Any) -> list[dict[str, Any]]:
     from tasks.numerics.selective import aurc_resampled, auroc_resampled
 
     wrong, kinds = ~part["correct"].to_numpy(), part["kind"].to_numpy()
+    said = part["parsed"].to_numpy()
     length = auroc_resampled(part[BASELINE].to_numpy(), wrong, weights)
     rows = []
     for score in _present(part):
@@ -253,6 +254,7 @@ def _compared(part: pl.DataFrame, weights: Any) -> list[dict[str, Any]]:
                 "incorrect": int(wrong.sum()),
                 **_interval("auroc", whole),
                 **_interval("within", auroc_resampled(values, wrong, weights, kinds)),
+                **_interval("parsed", auroc_resampled(values, wrong, weights * said)),
                 **_interval("gain", whole - length),
                 **_interval("aurc", aurc_resampled(values, wrong, weights)),
             }
