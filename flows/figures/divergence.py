@@ -153,38 +153,48 @@ def _quadrants(rows: Mapping[str, Rows]) -> Section:
 
 
 def _scores(rows: Rows) -> Sequence[Section]:
+    """The scores, and what is left of them without differences of kind and format."""
     here = [row for row in rows if row["split"] == TEST]
     told = [
         {
             "score": row["score"],
-            "AUROC": _estimate(row, "auroc"),
-            "in kind": _estimate(row, "within"),
-            "parsed": _estimate(row, "parsed"),
+            "AUROC": _share(row["auroc"]),
+            "95 %": _range(row["auroc_low"], row["auroc_high"]),
             "over length": _range(row["gain_low"], row["gain_high"]),
             "AURC": _share(row["aurc"]),
+            "AURC 95 %": _range(row["aurc_low"], row["aurc_high"]),
+        }
+        for row in here
+    ]
+    controls = [
+        {
+            "score": row["score"],
+            "in kind": _share(row["within"]),
+            "95 %": _range(row["within_low"], row["within_high"]),
+            "parsed": _share(row["parsed"]),
+            "parsed 95 %": _range(row["parsed_low"], row["parsed_high"]),
         }
         for row in here
     ]
     n, wrong = here[0]["n"], here[0]["incorrect"]
     note = (
         f"Test split, n = {n}, {wrong} incorrect. AUROC: an incorrect answer scores higher than a "
-        "correct one, with its 95 % interval; 'in kind' over pairs of one kind of question alone, "
-        "'parsed' without unparsed answers; 'over length' is the 95 % interval of AUROC less that "
-        "of the length in tokens. AURC: mean risk over coverage, "
-        f"{_share(wrong / n)} if a score knows nothing. 'combined' was fitted on the calibration "
-        "split. Intervals: bootstrap over questions (theories)."
+        "correct one; 'over length': the 95 % interval of AUROC less that of the length in tokens. "
+        f"AURC: mean risk over coverage, {_share(wrong / n)} if a score knows nothing. 'combined' "
+        "was fitted on the calibration split. Intervals: bootstrap over questions (theories)."
     )
-    return [Section("Scores that predict incorrect answers", told, note)]
+    why = (
+        "AUROC again: over pairs of answers to one kind of question alone, and without unparsed "
+        "answers. A score that only tells kinds or formats apart falls to 0.5."
+    )
+    return [
+        Section("Scores that predict incorrect answers", told, note),
+        Section("The same without differences of kind, and of format", controls, why),
+    ]
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _estimate(row: Mapping[str, Any], name: str) -> str:
-    if row[name] is None:
-        return "-"
-    return f"{row[name]:.2f} {_range(row[f'{name}_low'], row[f'{name}_high'])}"
 
 
 def _range(low: float | None, high: float | None) -> str:
