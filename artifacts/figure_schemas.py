@@ -11,6 +11,83 @@ from artifacts.columns import Column, columns
 
 # --- norms
 
+NORMS_PROMPTS = columns("""
+    class | VARCHAR | benign, jailbreak or control (benign requests in the jailbreaks' templates)
+    prompt_id | VARCHAR | of the prompts view
+    n_tokens | BIGINT | length of the whole prompt, chat template included, tokens
+    state | BIGINT | 0: entering layer 0; l + 1: leaving layer l, before any final norm
+    log_norms | FLOAT[] | ln of the state's L2 norm, nats, by position from 0; NULL: a zero state
+""")
+
+NORMS_MAPS = columns("""
+    variant | VARCHAR | all; length matched: as many jailbreaks as benign prompts of every length
+    panel | VARCHAR | benign, jailbreak, control; difference: jailbreak - benign
+    state | BIGINT | 0: entering layer 0; l + 1: leaving layer l
+    position | BIGINT | token of the prompt, from 0; 0 is drawn apart
+    value | DOUBLE | mean over prompts of ln of the L2 norm; difference of two such means, nats
+    error | DOUBLE | its standard error, nats; NULL below two prompts
+    n | BIGINT | prompts with a token there; of a difference, of the class with fewer
+    shown | BOOLEAN | whether n is at least norms.least: other cells are blank in the picture
+""")
+
+NORMS_STATES = columns("""
+    comparison | VARCHAR | all; length matched; templates: jailbreak - control
+    state | BIGINT | 0: entering layer 0; l + 1: leaving layer l
+    difference | DOUBLE | mean of the map's difference over shown positions from 1 on, nats
+    low | DOUBLE | of its 95 % interval, bootstrap over prompts
+    high | DOUBLE | of its 95 % interval
+    positions | BIGINT | positions averaged over
+    n_jailbreak | BIGINT | prompts of the class that is compared
+    n_other | BIGINT | benign prompts, or those of the control
+""")
+
+NORMS_PROBABILITIES = columns("""
+    detector | VARCHAR | factors; shuffled labels (control); length (baseline, no layer)
+    layer | BIGINT | layer whose output is decomposed, from 0; NULL: of no layer
+    class | VARCHAR | benign, jailbreak or control; none of them fitted on
+    prompt_id | VARCHAR | of the prompts view
+    probability | DOUBLE | of being a jailbreak, 0-1
+    template | VARCHAR | template of a jailbreak; NULL: not told
+    fitted_template | BOOLEAN | whether the detector was fitted on that template; NULL: not told
+""")
+
+NORMS_DETECTION = columns("""
+    detector | VARCHAR | factors; shuffled labels (control); length (baseline)
+    layer | BIGINT | layer whose output is decomposed, from 0; NULL: of no layer
+    against | VARCHAR | benign or control: what jailbreaks are told apart from
+    jailbreaks | VARCHAR | all; new templates: of templates the detector was not fitted on
+    metric | VARCHAR | auroc; f1 (at norms.threshold); fpr_at_95_tpr
+    value | DOUBLE | the metric on held-out prompts, 0-1
+    low | DOUBLE | of its 95 % interval, bootstrap over prompts within each class
+    high | DOUBLE | of its 95 % interval
+    n_jailbreak | BIGINT | jailbreaks scored
+    n_other | BIGINT | prompts of the other class scored
+""")
+
+NORMS_ANSWERS = columns("""
+    arm | VARCHAR | unedited; susceptible: layers by probability; random: as many at random
+    at_most | BIGINT | most layers bypassed per prompt; 0: unedited
+    class | VARCHAR | benign, jailbreak or control
+    prompt_id | VARCHAR | of the prompts view
+    layers | VARCHAR | layers bypassed while this prompt was answered, between commas
+    response | VARCHAR | the answer
+    refused | BOOLEAN | by norms.judging.labeller
+    degenerate | VARCHAR | why the answer is broken text; NULL: it is not
+""")
+
+NORMS_BYPASS = columns("""
+    arm | VARCHAR | susceptible; random; susceptible - random (paired difference)
+    at_most | BIGINT | most layers bypassed per prompt
+    class | VARCHAR | benign, jailbreak or control
+    outcome | VARCHAR | refused, broken or answered, of prompts that were answered unedited
+    k | BIGINT | prompts with this outcome; NULL: of a difference
+    n | BIGINT | prompts that the unedited model answered: not refused, no broken text
+    rate | DOUBLE | k / n, or the difference of two rates
+    low | DOUBLE | of its 95 % interval: Clopper-Pearson; of a difference, bootstrap over prompts
+    high | DOUBLE | of its 95 % interval
+    mean_layers | DOUBLE | layers bypassed per prompt, mean
+""")
+
 # --- activity
 
 # --- divergence
@@ -131,6 +208,13 @@ DIVERGENCE_RISK = columns("""
 FIGURES: dict[str, tuple[Column, ...]] = {
     # heads
     # norms
+    "norms_prompts": NORMS_PROMPTS,
+    "norms_maps": NORMS_MAPS,
+    "norms_states": NORMS_STATES,
+    "norms_probabilities": NORMS_PROBABILITIES,
+    "norms_detection": NORMS_DETECTION,
+    "norms_answers": NORMS_ANSWERS,
+    "norms_bypass": NORMS_BYPASS,
     # activity
     # divergence
     "divergence_questions": DIVERGENCE_QUESTIONS,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from artifacts.specs import ModelSpec, Name, PromptSource, Seed, Spec
+from artifacts.specs import Fraction, JudgingSpec, ModelSpec, Name, PromptSource, Seed, Spec
 
 
 class HeadsSpec(Spec):
@@ -19,10 +19,37 @@ class HeadsSpec(Spec):
 
 
 class NormsSpec(Spec):
-    """Hidden-state norms over layers and token positions (arXiv 2602.11495)."""
+    """Hidden-state norms over layers and token positions (arXiv 2602.11495).
+
+    `benign` and `jailbreak` are drawn and scored; what detects them is fitted on `fit_benign` and
+    `fit_jailbreak`, which share no prompt with them.
+    """
 
     benign: PromptSource
     jailbreak: PromptSource
+    fit_benign: PromptSource
+    fit_jailbreak: PromptSource
+    control: PromptSource | None = Field(
+        None, description="benign requests in the jailbreaks' own words: a wrapper without harm"
+    )
+    template_column: str | None = Field(
+        None, description="column of `jailbreak` that names the template of a prompt"
+    )
+    tokens: Annotated[int, Field(ge=2, le=512)] = Field(512, description="positions of the maps")
+    least: Annotated[int, Field(ge=1)] = Field(8, description="prompts a cell needs to be drawn")
+    length_bin: Annotated[int, Field(ge=1)] = Field(
+        1, description="tokens within which two prompts count as equally long"
+    )
+    positions: Annotated[int, Field(ge=1, le=512)] = Field(
+        8, description="last prompt tokens whose states are decomposed"
+    )
+    rank: Annotated[int, Field(ge=1, le=256)] = Field(8, description="components of the CP")
+    iterations: Annotated[int, Field(ge=1, le=10_000)] = Field(60, description="of the CP, at most")
+    threshold: Fraction = Field(0.5, description="jailbreak probability of a susceptible layer")
+    at_most: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = Field(
+        (1, 2, 512), description="layers bypassed per prompt, the most probable first; one arm each"
+    )
+    judging: JudgingSpec = JudgingSpec()
 
 
 class ActivitySpec(Spec):
