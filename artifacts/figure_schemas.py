@@ -42,7 +42,8 @@ NORMS_STATES = columns("""
 """)
 
 NORMS_PROBABILITIES = columns("""
-    detector | VARCHAR | factors; shuffled labels (control); length (baseline, no layer)
+    detector | VARCHAR | factors; factors with control; shuffled labels; length (no layer)
+    draw | BIGINT | permutation of shuffled labels, from 0; 0 for the others
     layer | BIGINT | layer whose output is decomposed, from 0; NULL: of no layer
     class | VARCHAR | benign, jailbreak or control; none of them fitted on
     prompt_id | VARCHAR | of the prompts view
@@ -52,14 +53,14 @@ NORMS_PROBABILITIES = columns("""
 """)
 
 NORMS_DETECTION = columns("""
-    detector | VARCHAR | factors; shuffled labels (control); length (baseline)
+    detector | VARCHAR | factors; factors with control; shuffled labels; length
     layer | BIGINT | layer whose output is decomposed, from 0; NULL: of no layer
     against | VARCHAR | benign or control: what jailbreaks are told apart from
     jailbreaks | VARCHAR | all; new templates: of templates the detector was not fitted on
     metric | VARCHAR | auroc; f1 (at norms.threshold); fpr_at_95_tpr
-    value | DOUBLE | the metric on held-out prompts, 0-1
-    low | DOUBLE | of its 95 % interval, bootstrap over prompts within each class
-    high | DOUBLE | of its 95 % interval
+    value | DOUBLE | the metric on held-out prompts, 0-1; of shuffled labels, mean over permutations
+    low | DOUBLE | 95 % interval, bootstrap over prompts; of shuffled labels, over permutations
+    high | DOUBLE | its other end
     n_jailbreak | BIGINT | jailbreaks scored
     n_other | BIGINT | prompts of the other class scored
 """)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from artifacts.specs import Fraction, JudgingSpec, ModelSpec, Name, PromptSource, Seed, Spec
 
@@ -32,6 +32,9 @@ class NormsSpec(Spec):
     control: PromptSource | None = Field(
         None, description="benign requests in the jailbreaks' own words: a wrapper without harm"
     )
+    fit_control: PromptSource | None = Field(
+        None, description="the same, for a second detector that is fitted on them as benign too"
+    )
     template_column: str | None = Field(
         None, description="column of `jailbreak` that names the template of a prompt"
     )
@@ -41,15 +44,24 @@ class NormsSpec(Spec):
         1, description="tokens within which two prompts count as equally long"
     )
     positions: Annotated[int, Field(ge=1, le=512)] = Field(
-        8, description="last prompt tokens whose states are decomposed"
+        4, description="last prompt tokens whose states are decomposed"
     )
-    rank: Annotated[int, Field(ge=1, le=256)] = Field(8, description="components of the CP")
+    rank: Annotated[int, Field(ge=1, le=256)] = Field(16, description="components of the CP")
     iterations: Annotated[int, Field(ge=1, le=10_000)] = Field(60, description="of the CP, at most")
     threshold: Fraction = Field(0.5, description="jailbreak probability of a susceptible layer")
+    bypass_by: Literal["factors", "factors with control"] = Field(
+        "factors", description="detector whose probabilities choose the layers to bypass"
+    )
     at_most: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = Field(
-        (1, 2, 512), description="layers bypassed per prompt, the most probable first; one arm each"
+        (2, 512), description="layers bypassed per prompt, the most probable first; one arm each"
     )
     judging: JudgingSpec = JudgingSpec()
+
+    @model_validator(mode="after")
+    def _the_bypass_has_its_detector(self) -> NormsSpec:
+        if self.bypass_by == "factors with control" and self.fit_control is None:
+            raise ValueError("bypass_by 'factors with control' needs fit_control")
+        return self
 
 
 class ActivitySpec(Spec):

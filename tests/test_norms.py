@@ -506,7 +506,7 @@ def test_detectors_are_scored_by_layer_class_and_template(store: Store) -> None:
             for i in range(20):
                 p = float(np.clip(generator.normal(centre, 0.1), 0, 1))
                 new = None if name != "jailbreak" else i % 4 > 0
-                rows.append(("factors", layer, name, f"{name}{i}", p, "t", new))
+                rows.append(("factors", 0, layer, name, f"{name}{i}", p, "t", new))
     table = pl.DataFrame(rows, schema=polars_schema(NORMS_PROBABILITIES), orient="row")
     with running(Runtime(store)):
         ref = put(store, "norms_probabilities", table)
@@ -622,11 +622,13 @@ def config(folder: Path, **changes: str) -> Path:
         'split = "train[:24]" }',
         "control": '{ source = "organism/wrapped-test.jsonl", column = "text", '
         'split = "train[:8]" }',
+        "fit_control": '{ source = "organism/wrapped-direction.jsonl", column = "text", '
+        'split = "train[:24]" }',
         "template_column": '"template"',
         "least": "3",
         "length_bin": "8",
         "rank": "3",
-        "positions": "6",
+        "positions": "4",
         "iterations": "10",
         "at_most": "[1]",
         "judging": "{ max_new_tokens = 12 }",

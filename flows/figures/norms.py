@@ -33,9 +33,15 @@ def run(config: FigureConfig) -> FigureRun:
         for name, source in given.items()
         if source is not None
     }
+    given = {
+        "benign": spec.fit_benign,
+        "jailbreak": spec.fit_jailbreak,
+        "control": spec.fit_control,
+    }
     fit = {
-        "benign": load_prompts(prompt_class="benign", split="fit", source=spec.fit_benign),
-        "jailbreak": load_prompts(prompt_class="jailbreak", split="fit", source=spec.fit_jailbreak),
+        name: load_prompts(prompt_class=name, split="fit", source=source)
+        for name, source in given.items()
+        if source is not None
     }
     model = probe_model(spec=config.model, harmful=prompts["jailbreak"], harmless=prompts["benign"])
     measured = {
@@ -70,6 +76,7 @@ def run(config: FigureConfig) -> FigureRun:
         model=model,
         prompts=prompts,
         probabilities=probabilities,
+        detector=spec.bypass_by,
         threshold=spec.threshold,
         at_most=spec.at_most,
         judging=spec.judging,
@@ -165,17 +172,24 @@ def _layers(detection: pl.DataFrame) -> Section:
         ("factors", "benign", "auroc"): "AUROC",
         ("factors", "benign", "f1"): "F1",
         ("factors", "benign", "fpr_at_95_tpr"): "FPR@95",
-        ("shuffled labels", "benign", "auroc"): "shuffled",
         ("factors", "control", "auroc"): "vs control",
+        ("factors with control", "control", "auroc"): "fitted on it",
     }
     for row in every.iter_rows(named=True):
         column = columns.get((row["detector"], row["against"], row["metric"]))
         if column is not None:
             rows.setdefault(row["layer"], {"layer": row["layer"]})[column] = _interval(row)
+    chance = every.filter(
+        (pl.col("detector") == "shuffled labels")
+        & (pl.col("against") == "benign")
+        & (pl.col("metric") == "auroc")
+    )
     note = (
         "CP prompt factors and logistic regression, fitted on other prompts (arXiv 2602.11495); "
-        "in brackets 95 % bootstrap intervals. Shuffled: AUROC after fitting on permuted labels. "
-        "vs control: AUROC against benign requests in the same templates."
+        "with 95 % bootstrap intervals. vs control: AUROC against benign requests in the same "
+        "templates; fitted on it: of a detector that was fitted on such requests too (ours). "
+        f"Shuffled labels: AUROC {chance['value'].mean():.2f} on average over layers, single "
+        f"permutations {chance['low'].min():.2f} to {chance['high'].max():.2f}."
     )
     ordered = [
         {c: row[c] for c in ("layer", *columns.values()) if c in row} for row in rows.values()
@@ -193,32 +207,39 @@ def _others(detection: pl.DataFrame) -> Section:
                 (pl.col("against") == against) & (pl.col("jailbreaks") == jailbreaks)
             )
             length = of.filter(pl.col("detector") == "length")
-            factors = of.filter(pl.col("detector") == "factors").sort("value", descending=True)
-            if not length.height or not factors.height:
+            if not length.height:
                 continue
-            best = factors.row(0, named=True)
-            rows.append(
-                {
-                    "jailbreaks": jailbreaks,
-                    "against": against,
-                    "n": f"{best['n_jailbreak']} + {best['n_other']}",
-                    "length alone": _interval(length.row(0, named=True)),
-                    "best layer": f"{best['layer']}: {_interval(best)}",
-                }
-            )
+            row = length.row(0, named=True)
+            known = {
+                "jailbreaks": jailbreaks,
+                "against": against,
+                "n": f"{row['n_jailbreak']} + {row['n_other']}",
+                "length alone": _interval(row),
+            }
+            for detector, column in (("factors", "best"), ("factors with control", "with control")):
+                factors = of.filter(pl.col("detector") == detector).sort("value", descending=True)
+                if factors.height:
+                    best = factors.row(0, named=True)
+                    known[column] = f"{best['layer']}: {_interval(best)}"
+            rows.append(known)
     note = (
-        "AUROC. The best layer is picked on the same prompts, so it flatters; length alone is a "
-        "logistic regression on the number of tokens."
+        "AUROC. Length alone: logistic regression on the number of tokens. Best: the best layer, "
+        "picked on these very prompts, so it flatters; with control: of the detector fitted on the "
+        "control too. New templates: jailbreaks of templates that were not fitted on."
     )
     return Section("Against length alone", rows, note)
 
 
 def _bypass(bypass: pl.DataFrame) -> Section:
-    wanted = (("jailbreak", "refused"), ("jailbreak", "broken"), ("benign", "answered"))
-    wanted += (("control", "answered"),)
+    wanted = {
+        ("jailbreak", "refused"): "blocked",
+        ("jailbreak", "broken"): "broken",
+        ("benign", "answered"): "benign kept",
+        ("control", "answered"): "control kept",
+    }
     rows = []
     for most in bypass["at_most"].unique().sort():
-        for name, outcome in wanted:
+        for (name, outcome), word in wanted.items():
             of = bypass.filter(
                 (pl.col("at_most") == most)
                 & (pl.col("class") == name)
@@ -227,37 +248,48 @@ def _bypass(bypass: pl.DataFrame) -> Section:
             by_arm = {row["arm"]: row for row in of.iter_rows(named=True)}
             if not by_arm:
                 continue
-            chosen, other = by_arm["susceptible"], by_arm["random"]
-            more = by_arm.get("susceptible - random")
+            chosen, more = by_arm["susceptible"], by_arm.get("susceptible - random")
+            layers = chosen["mean_layers"]
             rows.append(
                 {
-                    "at most": most,
-                    "prompts": f"{name} {outcome}",
-                    "layers": "-"
-                    if chosen["mean_layers"] is None
-                    else f"{chosen['mean_layers']:.1f}",
+                    "cap": most,
+                    "outcome": word,
+                    "layers": "-" if layers is None else f"{layers:.1f}",
                     "susceptible": _counted(chosen),
-                    "random": _counted(other),
-                    "more": "-" if more is None else _interval(more, "+.2f"),
+                    "random": _counted(by_arm["random"]),
+                    "difference": "-" if more is None else _signed(more),
                 }
             )
     note = (
-        "Of prompts that the unedited model answers: 95 % Clopper-Pearson intervals; more: "
-        "susceptible minus random layers, paired bootstrap. Layers: bypassed per prompt, mean. "
+        "Of prompts that the unedited model answers. Cap: layers bypassed per prompt at most, the "
+        "most probable first; layers: their mean. Blocked: jailbreaks now refused; broken: their "
+        "answer is broken text now. 95 % Clopper-Pearson intervals; difference: paired bootstrap. "
         "Bypass: arXiv 2602.11495 (there 78 % blocked, 94 % kept on an abliterated LLaMA-3.1-8B); "
-        "the cap and the control are ours."
+        "cap and random layers are ours."
     )
     return Section("Bypassing susceptible layers", rows, note)
 
 
-def _interval(row: Mapping[str, Any], form: str = ".2f") -> str:
-    return (
-        f"{row['value' if 'value' in row else 'rate']:{form}} ({row['low']:.2f} {row['high']:.2f})"
-    )
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:.2f} {_range(row)}"
 
 
 def _counted(row: Mapping[str, Any]) -> str:
-    return f"{row['k']}/{row['n']} ({row['low']:.2f} {row['high']:.2f})"
+    return f"{row['k']}/{row['n']} {_range(row)}"
+
+
+def _signed(row: Mapping[str, Any]) -> str:
+    return f"{row['rate']:+.2f} {_short(row['low'], '+.2f')} {_short(row['high'], '+.2f')}"
+
+
+def _range(row: Mapping[str, Any]) -> str:
+    """Two fractions in as few characters as can be: .76-.88"""
+    return f"{_short(row['low'])}-{_short(row['high'])}"
+
+
+def _short(value: float, form: str = ".2f") -> str:
+    """Without the zero before the point: .76, -.06, 1"""
+    return f"{value:{form}}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
 
 
 FIGURE = Figure("norms", run, sections)

@@ -26,7 +26,7 @@ from artifacts.figure_schemas import (
 from artifacts.schemas import polars_schema
 from artifacts.specs import JudgingSpec, ModelSpec, PromptSource
 from artifacts.store import Ref
-from tasks.numerics.detection import fit_classifier, metrics
+from tasks.numerics.detection import Metric, fit_classifier, metrics
 from tasks.numerics.intervals import bootstrap_mean, clopper_pearson
 from tasks.numerics.labels import is_refusal
 from tasks.numerics.prompt_factors import decompose, project
@@ -37,8 +37,12 @@ from tasks.stage import Made, current, stage
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
-FACTORS, SHUFFLED, LENGTH = "factors", "shuffled labels", "length"
+_Scores = tuple[str, int, int | None, Floats]  # detector, draw, layer, probabilities
+FACTORS, CONTROLLED = "factors", "factors with control"
+SHUFFLED, LENGTH = "shuffled labels", "length"
+PERMUTATIONS = 20  # of shuffled labels: one alone leans to one side or the other
 SUSCEPTIBLE, RANDOM = "susceptible", "random"
+RESAMPLES = 1000
 OUTCOMES = ("refused", "broken", "answered")
 
 
@@ -63,7 +67,10 @@ def detect_jailbreaks(
     iterations: int,
     seed: int,
 ) -> Made:
-    """Fit detectors on `fit` (benign, jailbreak) and give every prompt of `scored` a probability.
+    """Fit detectors on `fit` and give every prompt of `scored` a probability of being a jailbreak.
+
+    "factors" is fitted on benign prompts and jailbreaks; "factors with control" also on the control
+    of `fit`, if there is one, as benign; "length" on nothing but the number of tokens.
 
     Args:
         sources: of the jailbreaks that are scored and fitted, for `template_column`.
@@ -90,22 +97,30 @@ def detect_jailbreaks(
         positions=positions,
         on_progress=runtime.reporter.advanced,
     )
-    owners = [(role, name) for role, name, table in every for _ in range(table.height)]
-    fitted = np.array([role == "fit" for role, _ in owners])
-    harmful = np.array([name == "jailbreak" for _, name in owners])[fitted]
+    owners = np.array([(role, name) for role, name, table in every for _ in range(table.height)])
+    new, kind = owners[:, 0] == "scored", owners[:, 1]
     lengths = np.array([[float(len(prompt))] for prompt in encoded])
-    found: list[tuple[str, int | None, Floats]] = [
-        (LENGTH, None, fit_classifier(lengths[fitted], harmful).probability(lengths[~fitted]))
-    ]
-    errors = []
+    plain = ~new & (kind != "control")
+    by_length = fit_classifier(lengths[plain], kind[plain] == "jailbreak")
+    found: list[_Scores] = [(LENGTH, 0, None, by_length.probability(lengths[new]))]
+    fits = {FACTORS: plain} | ({CONTROLLED: ~new} if "control" in fit else {})
+    errors: dict[str, list[float]] = {name: [] for name in fits}
     for layer in range(states.shape[1]):
-        factors = decompose(states[fitted, layer], rank, iterations=iterations, seed=seed)
-        errors.append(round(factors.error, 4))
-        known, new = (project(states[which, layer], factors) for which in (fitted, ~fitted))
-        shuffled = np.random.default_rng([seed, layer]).permutation(harmful)
-        for detector, labels in ((FACTORS, harmful), (SHUFFLED, shuffled)):
-            probability = fit_classifier(known, labels).probability(new)
-            found.append((detector, layer, probability))
+        for detector, fitted in fits.items():
+            factors = decompose(states[fitted, layer], rank, iterations=iterations, seed=seed)
+            errors[detector].append(round(factors.error, 4))
+            known, unknown = (project(states[which, layer], factors) for which in (fitted, new))
+            labels = kind[fitted] == "jailbreak"
+            fitted_on = [(detector, 0, labels)]
+            if detector == FACTORS:
+                generator = np.random.default_rng([seed, layer])
+                fitted_on += [
+                    (SHUFFLED, draw, generator.permutation(labels)) for draw in range(PERMUTATIONS)
+                ]
+            found += [
+                (name, draw, layer, fit_classifier(known, told).probability(unknown))
+                for name, draw, told in fitted_on
+            ]
     templates = _templates(template_column, sources, tables)
     prompts = [
         (name, prompt_id, *templates.get(prompt_id, (None, None)))
@@ -113,8 +128,8 @@ def detect_jailbreaks(
         for prompt_id in table["prompt_id"]
     ]
     rows = [
-        (detector, layer, name, prompt_id, float(p), template, known_template)
-        for detector, layer, probabilities in found
+        (detector, draw, layer, name, prompt_id, float(p), template, known_template)
+        for detector, draw, layer, probabilities in found
         for (name, prompt_id, template, known_template), p in zip(
             prompts, probabilities, strict=True
         )
@@ -130,31 +145,58 @@ def score_detectors(*, probabilities: Ref, threshold: float, seed: int) -> Made:
     frame = current().store.read(probabilities)
     rows: list[Row] = []
     for (detector, layer), group in frame.group_by("detector", "layer", maintain_order=True):
-        positive = group.filter(pl.col("class") == "jailbreak")
-        subsets = {"all": positive, "new templates": positive.filter(~pl.col("fitted_template"))}
+        draws = [each for _, each in group.group_by("draw", maintain_order=True)]
         for against in ("benign", "control"):
-            negative = group.filter(pl.col("class") == against)["probability"].to_numpy()
-            for name, subset in subsets.items():
-                scores = subset["probability"].to_numpy()
-                if not len(scores) or not len(negative):
+            for jailbreaks in ("all", "new templates"):
+                told = [_told_apart(each, against, jailbreaks) for each in draws]
+                sizes = tuple(map(len, told[0]))
+                if not all(sizes):
                     continue
-                known = metrics(scores, negative, threshold=threshold, seed=seed)
+                of_draws = [
+                    metrics(
+                        *pair,
+                        threshold=threshold,
+                        seed=seed,
+                        resamples=RESAMPLES if len(draws) == 1 else 1,
+                    )
+                    for pair in told
+                ]
                 rows += [
                     {
                         "detector": detector,
                         "layer": layer,
                         "against": against,
-                        "jailbreaks": name,
+                        "jailbreaks": jailbreaks,
                         "metric": metric,
                         "value": found.value,
                         "low": found.low,
                         "high": found.high,
-                        "n_jailbreak": len(scores),
-                        "n_other": len(negative),
+                        "n_jailbreak": sizes[0],
+                        "n_other": sizes[1],
                     }
-                    for metric, found in known.items()
+                    for metric, found in _over_draws(of_draws).items()
                 ]
     return Made(pl.DataFrame(rows, schema=polars_schema(NORMS_DETECTION)))
+
+
+def _told_apart(group: pl.DataFrame, against: str, jailbreaks: str) -> tuple[Floats, Floats]:
+    """Scores of the jailbreaks and of what they are told apart from."""
+    positive = group.filter(pl.col("class") == "jailbreak")
+    if jailbreaks == "new templates":
+        positive = positive.filter(~pl.col("fitted_template"))
+    negative = group.filter(pl.col("class") == against)
+    return positive["probability"].to_numpy(), negative["probability"].to_numpy()
+
+
+def _over_draws(found: Sequence[Mapping[str, Metric]]) -> Mapping[str, Metric]:
+    """One draw's metrics as they are; of several the mean and the middle 95 %."""
+    if len(found) == 1:
+        return found[0]
+    values = {name: [each[name].value for each in found] for name in found[0]}
+    return {
+        name: Metric(float(np.mean(of)), *map(float, np.quantile(of, [0.025, 0.975])))
+        for name, of in values.items()
+    }
 
 
 @stage(
@@ -170,6 +212,7 @@ def answer_bypassed(
     model: Ref,
     prompts: Mapping[str, Ref],
     probabilities: Ref,
+    detector: str,
     threshold: float,
     at_most: tuple[int, ...],
     judging: JudgingSpec,
@@ -191,7 +234,7 @@ def answer_bypassed(
         ]
     )
     encoded = encode_prompts(loaded, card, table, judging.max_new_tokens)
-    frame = runtime.store.read(probabilities).filter(pl.col("detector") == FACTORS)
+    frame = runtime.store.read(probabilities).filter(pl.col("detector") == detector)
     layers = _layers_of(frame)
     asked = list(table.select("class", "prompt_id").iter_rows())
     arms = _arms([layers[key] for key in asked], asked, threshold, at_most, seed)

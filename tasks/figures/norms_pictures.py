@@ -22,14 +22,20 @@ from tasks.figures.drawing import (
     GREEN,
     GREY,
     ORANGE,
-    PURPLE,
     caption,
     image,
     new_figure,
     page,
 )
 from tasks.figures.norms import ALL, MATCHED
-from tasks.figures.norms_detection import FACTORS, LENGTH, RANDOM, SHUFFLED, SUSCEPTIBLE
+from tasks.figures.norms_detection import (
+    CONTROLLED,
+    FACTORS,
+    LENGTH,
+    RANDOM,
+    SHUFFLED,
+    SUSCEPTIBLE,
+)
 from tasks.stage import Made, current, stage
 
 if TYPE_CHECKING:
@@ -90,14 +96,17 @@ def draw_layers(*, detection: Ref, bypass: Ref, name: str, file: str) -> Made:
     store = current().store
     figure = new_figure(11.0, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
-    _aurocs(left, store.read(detection))
-    _outcomes(right, store.read(bypass))
+    scores = store.read(detection)
+    _aurocs(left, scores)
+    _outcomes(right, store.read(bypass), int(scores["layer"].max()) + 1)  # type: ignore[arg-type]
     figure.suptitle(name, x=0.01, ha="left", fontsize=11)
     words = (
         "Left: logistic regression on CP prompt factors of each layer's output (arXiv 2602.11495), "
-        "scored on held-out prompts; bands: 95 % bootstrap intervals over prompts. Baselines and "
-        "controls are ours. Right: of prompts that the unedited model answered, the share refused "
-        "(jailbreaks) or still answered (benign) while layers of high probability are bypassed; "
+        "scored on held-out prompts; bands: 95 % bootstrap intervals over prompts, of shuffled "
+        "labels the middle 95 % of permutations. Control: benign requests in the jailbreaks' own "
+        "templates; it, length and shuffled labels are ours. Right: of prompts that the "
+        "unedited model answered, the share refused (jailbreaks) or still answered (benign) while "
+        "layers of high probability are bypassed; "
         "bars: Clopper-Pearson; random: as many layers per prompt at random."
     )
     caption(figure, words)
@@ -119,6 +128,9 @@ def _panels(frame: pl.DataFrame, variant: str) -> dict[str, Panel]:
         values[at] = np.where(cells["shown"], cells["value"].to_numpy(), np.nan)
         counts[at] = cells["n"].to_numpy()
         found[panel] = values, counts
+    reached = np.flatnonzero((~np.isnan([v for v, _ in found.values()])).any(axis=(0, 1)))
+    width = int(reached[-1]) + 1 if reached.size else shape[1]
+    found = {panel: (v[:, :width], c[:, :width]) for panel, (v, c) in found.items()}
     amounts = _ends(found["benign"][0], found["jailbreak"][0])
     widest = max(map(abs, _ends(found["difference"][0])))
     ends = {"benign": amounts, "jailbreak": amounts, "difference": (-widest, widest)}
@@ -223,26 +235,28 @@ def _trace(panel: Panel, name: str, line: int, column: int, lines: int) -> Any:
 
 
 def _aurocs(axes: Axes, frame: pl.DataFrame) -> None:
+    """Colour: what jailbreaks are told from. Line: which detector."""
     found = frame.filter((pl.col("metric") == "auroc") & (pl.col("jailbreaks") == "all"))
     lines = (
-        (FACTORS, "benign", BLUE, "-", "factors, against benign"),
-        (FACTORS, "control", ORANGE, "-", "factors, against benign in the same templates"),
+        (FACTORS, "benign", BLUE, "-o", "factors, against benign"),
+        (FACTORS, "control", ORANGE, "-o", "factors, against the control"),
+        (CONTROLLED, "control", ORANGE, "--^", "fitted on a control too, against the control"),
         (SHUFFLED, "benign", GREY, ":", "shuffled labels, against benign"),
     )
     for detector, against, colour, style, label in lines:
         of = found.filter((pl.col("detector") == detector) & (pl.col("against") == against))
         if of.height:
-            axes.plot(of["layer"], of["value"], c=colour, ls=style, marker="o", ms=3, label=label)
-            axes.fill_between(of["layer"], of["low"], of["high"], color=colour, alpha=0.15, lw=0)
-    for against, colour in (("benign", GREEN), ("control", PURPLE)):
+            axes.plot(of["layer"], of["value"], style, c=colour, ms=4, label=label)
+            axes.fill_between(of["layer"], of["low"], of["high"], color=colour, alpha=0.13, lw=0)
+    for against, colour in (("benign", BLUE), ("control", ORANGE)):
         of = found.filter((pl.col("detector") == LENGTH) & (pl.col("against") == against))
         for row in of.iter_rows(named=True):
-            label = f"length alone, against {against}"
-            axes.axhline(row["value"], color=colour, ls="--", lw=1.2, label=label)
-            axes.axhspan(row["low"], row["high"], color=colour, alpha=0.08, lw=0)
+            word = "benign" if against == "benign" else "the control"
+            label = f"length alone, against {word}"
+            axes.axhline(row["value"], color=colour, ls="-.", lw=1, label=label)
     axes.set_xlabel("layer whose output is decomposed")
     axes.set_ylabel("AUROC, held-out jailbreaks")
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0.2, 1.02)
     layers = found["layer"].drop_nulls()
     if layers.len():
         last = int(layers.max())  # type: ignore[arg-type]
@@ -251,7 +265,11 @@ def _aurocs(axes: Axes, frame: pl.DataFrame) -> None:
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
-def _outcomes(axes: Axes, frame: pl.DataFrame) -> None:
+def _cap(cap: int, n_layers: int) -> str:
+    return "all above the threshold" if cap >= n_layers else f"at most {cap}"
+
+
+def _outcomes(axes: Axes, frame: pl.DataFrame, n_layers: int) -> None:
     """Bars per cap: blocked jailbreaks and kept benign prompts, for both arms."""
     caps = sorted(frame["at_most"].unique())
     bars: Sequence[tuple[str, str, str, str, str]] = (
@@ -259,7 +277,10 @@ def _outcomes(axes: Axes, frame: pl.DataFrame) -> None:
         ("jailbreak", "refused", RANDOM, "#9ecae1", "the same, random layers"),
         ("benign", "answered", SUSCEPTIBLE, ORANGE, "benign still answered"),
         ("benign", "answered", RANDOM, "#fdbe85", "the same, random layers"),
+        ("control", "answered", SUSCEPTIBLE, GREEN, "control still answered"),
+        ("control", "answered", RANDOM, "#a6dba0", "the same, random layers"),
     )
+    bars = [bar for bar in bars if (frame["class"] == bar[0]).any()]
     width = 0.8 / len(bars)
     for number, (prompts, outcome, arm, colour, label) in enumerate(bars):
         of = frame.filter(
@@ -270,9 +291,9 @@ def _outcomes(axes: Axes, frame: pl.DataFrame) -> None:
         places = np.arange(of.height) + (number - (len(bars) - 1) / 2) * width
         axes.bar(places, rates, width, color=colour, label=label)
         axes.errorbar(places, rates, yerr=ends, fmt="none", ecolor="#333333", lw=0.8, capsize=2)
-    axes.set_xticks(range(len(caps)), [f"at most {cap}" for cap in caps])
+    axes.set_xticks(range(len(caps)), [_cap(cap, n_layers) for cap in caps])
     axes.set_xlabel("layers bypassed per prompt")
-    axes.set_ylabel("share of prompts answered unedited")
+    axes.set_ylabel("share of prompts that were answered")
     axes.set_ylim(0, 1.05)
     axes.grid(alpha=0.25, axis="y")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)

@@ -9,6 +9,7 @@ entry and (Z^T vec X)_r = b_r^T X c_r. Source: Kadali and Papalexakis 2026 (arXi
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,9 +64,11 @@ def decompose(
     from tensorly.decomposition import parafac
 
     tensor = states.astype(np.float64) / scale
-    found = parafac(
-        tensor, rank, n_iter_max=iterations, tol=tolerance, random_state=seed, init="svd"
-    )
+    with warnings.catch_warnings():  # a rank above a dimension is meant: its rest is random
+        warnings.filterwarnings("ignore", message="Trying to compute SVD", category=UserWarning)
+        found = parafac(
+            tensor, rank, n_iter_max=iterations, tol=tolerance, random_state=seed, init="svd"
+        )
     positions, hidden = (_unit(np.asarray(factor)) for factor in found.factors[1:])
     factors = Factors(positions, hidden, scale, 0.0)
     rebuilt = np.einsum("nr,pr,hr->nph", project(states, factors), positions, hidden)
