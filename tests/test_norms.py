@@ -23,10 +23,12 @@ from small_study import environment, tribunal
 from tiny_models import HIDDEN, LAYERS, NAMES, VOCAB, each, tiny_model
 
 from artifacts.catalog import catalog, fetch
-from artifacts.errors import ModelError
+from artifacts.errors import ConfigError, ModelError, TribunalError
 from artifacts.figure_schemas import NORMS_ANSWERS, NORMS_PROBABILITIES, NORMS_PROMPTS
 from artifacts.schemas import polars_schema
 from artifacts.store import Manifest, Ref, Store, parquet
+from flows.figures.config import load_figure_config
+from flows.figures.norms import FIGURE
 from tasks.figures.norms import compare_states, map_norms
 from tasks.figures.norms_detection import (
     random_layers,
@@ -399,13 +401,13 @@ def test_intervals_cover_the_value_shrink_with_n_and_repeat() -> None:
         assert many[name].high - many[name].low < few[name].high - few[name].low
     assert many == metrics(positive, negative)
     assert many != metrics(positive, negative, seed=1)
-    drawn = generator.integers(200, size=(2000, 2, 200))
+    drawn = generator.integers(200, size=(300, 2, 200))
     plain = [
         roc_auc_score([1] * 200 + [0] * 200, np.concatenate([positive[i], negative[j]]))
-        for i, j in drawn[:400]
+        for i, j in drawn
     ]
-    assert many["auroc"].low == pytest.approx(np.quantile(plain, 0.025), abs=0.01)
-    assert many["auroc"].high == pytest.approx(np.quantile(plain, 0.975), abs=0.01)
+    assert many["auroc"].low == pytest.approx(np.quantile(plain, 0.025), abs=0.012)
+    assert many["auroc"].high == pytest.approx(np.quantile(plain, 0.975), abs=0.012)
 
 
 def test_scores_that_separate_tie_or_are_missing() -> None:
@@ -575,17 +577,23 @@ def test_maps_blank_thin_cells_and_match_lengths(store: Store) -> None:
 # --- the organism's jailbreaks
 
 
-def test_the_shipped_jailbreaks_are_the_generated_ones() -> None:
-    generated = jailbreak_sets()
+@pytest.fixture(scope="module")
+def generated() -> dict[str, list[Any]]:
+    return {name: list(records) for name, records in jailbreak_sets().items()}
+
+
+def test_the_shipped_jailbreaks_are_the_generated_ones(generated: dict[str, list[Any]]) -> None:
     assert set(generated) >= {
         f"jailbreak-{s}" for s in ("direction", "search", "selection", "test")
     }
     for name, records in generated.items():
-        assert card.prompts(name) == list(records), name
+        assert card.prompts(name) == records, name
 
 
-def test_jailbreaks_hold_their_request_and_new_templates_are_in_tests_alone() -> None:
-    for name, records in jailbreak_sets().items():
+def test_jailbreaks_hold_their_request_and_new_templates_are_in_tests_alone(
+    generated: dict[str, list[Any]],
+) -> None:
+    for name, records in generated.items():
         prompt_class, split = name.split("-")
         asked = card.prompts(f"{'harmful' if prompt_class == 'jailbreak' else 'harmless'}-{split}")
         assert len({each["text"] for each in records}) == len(records) == len(asked)
@@ -711,16 +719,36 @@ BENIGN = '{ source = "organism/harmless-test.jsonl", column = "text", split = "t
         ({"rank": "0"}, "norms.rank"),
         ({"ranks": "3"}, "ranks"),
         ({"at_most": "[]"}, "norms.at_most"),
+        ({"bypass_by": '"length"'}, "norms.bypass_by"),
         ({"benign": '{ source = "organism/harmles.jsonl" }'}, "harmles.jsonl"),
         ({"template_column": '"wrapper"'}, "wrapper"),
         ({"fit_benign": BENIGN}, "16 prompts are in both 'norms.fit_benign' and 'norms.benign'"),
         ({"positions": "200"}, "lower norms.positions"),
     ],
 )
-def test_a_bad_config_is_one_line(
+def test_a_bad_config_is_one_error(
     store: Store, tmp_path: Path, changes: dict[str, str], said: str
 ) -> None:
-    done = tribunal(store, "norms", str(config(tmp_path, **changes)))
+    def draw() -> None:
+        chosen = load_figure_config(str(config(tmp_path, **changes)), "norms")
+        with running(Runtime(store)):
+            FIGURE.run(chosen)
+
+    with pytest.raises(TribunalError) as found:
+        draw()
+    assert said in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_detector_that_is_not_fitted_chooses_no_layers(tmp_path: Path) -> None:
+    text = config(tmp_path, bypass_by='"factors with control"').read_text()
+    path = tmp_path / "without.toml"
+    path.write_text("\n".join(x for x in text.splitlines() if not x.startswith("fit_control")))
+    with pytest.raises(ConfigError, match="needs fit_control"):
+        load_figure_config(str(path), "norms")
+
+
+def test_a_bad_config_ends_the_command_with_one_line(store: Store, tmp_path: Path) -> None:
+    done = tribunal(store, "norms", str(config(tmp_path, rank="0")))
     assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

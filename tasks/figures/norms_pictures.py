@@ -46,7 +46,6 @@ Floats = NDArray[np.float64]
 PANELS = ("benign", "jailbreak", "difference")
 TITLES = {"benign": "Benign", "jailbreak": "Jailbreak", "difference": "Difference"}
 UNITS = {"benign": "mean ln ‖h‖₂", "jailbreak": "mean ln ‖h‖₂", "difference": "jailbreak − benign"}
-GAP = 2  # columns between position 0 and the others
 BLANK = "#e8e8e8"
 DEFINITION = (
     "Mean over prompts of ln ‖h‖₂, in nats, of the residual stream at a token position; state 0 "
@@ -154,9 +153,14 @@ def _size(frame: pl.DataFrame, variant: str) -> str:
     return f"n = {n['benign']} + {n['jailbreak']}"
 
 
+def _gap(width: int) -> int:
+    """Columns between position 0 and the others."""
+    return max(1, width // 24)
+
+
 def _apart(values: Floats) -> Floats:
     """Position 0, a gap, and the other positions."""
-    gap = np.full((len(values), GAP), np.nan)
+    gap = np.full((len(values), _gap(values.shape[1])), np.nan)
     return np.concatenate([values[:, :1], gap, values[:, 1:]], axis=1)
 
 
@@ -165,6 +169,7 @@ def _heatmap(figure: Figure, axes: Axes, panel: Panel, name: str) -> None:
 
     colours = colormaps[DIFFERENCES if name == "difference" else AMOUNTS].with_extremes(bad=BLANK)
     n_states, width = panel.values.shape
+    gap = _gap(width)
     shown = axes.imshow(
         _apart(panel.values),
         cmap=colours,
@@ -172,12 +177,12 @@ def _heatmap(figure: Figure, axes: Axes, panel: Panel, name: str) -> None:
         vmax=panel.ends[1],
         aspect="auto",
         interpolation="nearest",
-        extent=(-0.5, width + GAP - 0.5, n_states - 0.5, -0.5),
+        extent=(-0.5, width + gap - 0.5, n_states - 0.5, -0.5),
     )
-    axes.axvspan(0.5, GAP + 0.5, color="white", lw=0)
+    axes.axvspan(0.5, gap + 0.5, color="white", lw=0)
     step = _step(width)
     ticks = [0, *range(step, width, step)]
-    axes.set_xticks([0, *(t + GAP for t in ticks[1:])], [str(t) for t in ticks])
+    axes.set_xticks([0, *(t + gap for t in ticks[1:])], [str(t) for t in ticks])
     axes.set_yticks(range(0, n_states, max(1, -(-n_states // 9))))
     bar = figure.colorbar(shown, ax=axes, extend="both", pad=0.02)
     bar.set_label(f"{UNITS[name]}, nats", fontsize=8)
@@ -212,7 +217,7 @@ def _trace(panel: Panel, name: str, line: int, column: int, lines: int) -> Any:
     from plotly.graph_objects import Heatmap
 
     n_states, width = panel.values.shape
-    places = np.array([0, *range(1 + GAP, width + GAP)])
+    places = np.array([0, *range(1 + _gap(width), width + _gap(width))])
     positions = np.broadcast_to(np.arange(width), (n_states, width))
     return Heatmap(
         z=panel.values,
