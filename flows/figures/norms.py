@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import polars as pl
@@ -188,8 +189,8 @@ def _layers(detection: pl.DataFrame) -> Section:
         "CP prompt factors and logistic regression, fitted on other prompts (arXiv 2602.11495); "
         "with 95 % bootstrap intervals. vs control: AUROC against benign requests in the same "
         "templates; fitted on it: of a detector that was fitted on such requests too (ours). "
-        f"Shuffled labels: AUROC {chance['value'].mean():.2f} on average over layers, single "
-        f"permutations {chance['low'].min():.2f} to {chance['high'].max():.2f}."
+        f"Shuffled labels: AUROC {fmean(chance['value'].to_list()):.2f} on average over layers, "
+        f"of permutations {min(chance['low']):.2f} to {max(chance['high']):.2f}."
     )
     ordered = [
         {c: row[c] for c in ("layer", *columns.values()) if c in row} for row in rows.values()

@@ -149,7 +149,7 @@ def _ends(*maps: Floats) -> tuple[float, float]:
 def _size(frame: pl.DataFrame, variant: str) -> str:
     """How many prompts stand behind a row of panels."""
     first = frame.filter((pl.col("variant") == variant) & (pl.col("position") == 0))
-    n = {p: first.filter(pl.col("panel") == p)["n"].max() for p in ("benign", "jailbreak")}
+    n = {p: max(first.filter(pl.col("panel") == p)["n"].to_list()) for p in PANELS[:2]}
     return f"n = {n['benign']} + {n['jailbreak']}"
 
 

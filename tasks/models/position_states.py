@@ -116,7 +116,8 @@ def last_states(
 
 
 def _norm(state: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(state.float(), dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(state.float(), dim=-1)
+    return norms
 
 
 def _each_batch(

@@ -96,8 +96,8 @@ def metrics(
     ends = [(1 - level) / 2, (1 + level) / 2]
     found = {}
     for name, metric in (("auroc", _auroc), ("f1", _f1), ("fpr_at_95_tpr", _fpr)):
-        value = float(metric(positive, negative, *every, threshold)[0])
-        low, high = np.quantile(metric(positive, negative, *drawn, threshold), ends)
+        value = float(metric(positive, negative, every[0], every[1], threshold)[0])
+        low, high = np.quantile(metric(positive, negative, drawn[0], drawn[1], threshold), ends)
         found[name] = Metric(value, float(low), float(high))
     return found
 
