@@ -9,6 +9,113 @@ from artifacts.columns import Column, columns
 
 # --- heads
 
+_HEAD = """
+    set | VARCHAR | prompt set by its name in the config; 'harmless' is the control
+    class | VARCHAR | harmful or harmless
+    ablation | VARCHAR | ua: Undifferentiated Attention, sc: Scaling Contribution"""
+HEAD_EFFECTS = columns(
+    _HEAD
+    + """
+    layer | BIGINT | layer of the silenced head, from 0
+    head | BIGINT | its number among the layer's query heads, from 0
+    prompts | BIGINT | prompts of the set
+    ships | DOUBLE | mean over prompts of KL(intact || ablated) of the next token, nats
+    angle | DOUBLE | Generalized Ships: left singular subspaces of last states, degrees
+    angle_low | DOUBLE | low end of its 95 % bootstrap interval over prompts, degrees
+    angle_high | DOUBLE | high end, degrees
+    angle_top | DOUBLE | chance to be in the top by angle when prompts are resampled, 0-1
+    feature_angle | DOUBLE | the same angle of the right singular (feature) subspaces, degrees
+    parameters | BIGINT | parameters that the ablation of this head amounts to changing
+    fraction | DOUBLE | the same as a fraction of the model's parameters, 0-1
+    kl | FLOAT[] | KL(intact || ablated) of each prompt in the set's order, nats
+"""
+)
+HEAD_SCORES = columns(
+    _HEAD
+    + """
+    layer | BIGINT | layer of the silenced head, from 0
+    head | BIGINT | its number among the layer's query heads, from 0
+    prompts | BIGINT | prompts of the set
+    ships | DOUBLE | mean over prompts of KL(intact || ablated) of the next token, nats
+    ships_low | DOUBLE | low end of its 95 % bootstrap interval over prompts, nats
+    ships_high | DOUBLE | high end, nats
+    ships_rank | BIGINT | rank by ships within set and ablation, from 1
+    ships_top | DOUBLE | chance to be in the top by ships when prompts are resampled, 0-1
+    angle | DOUBLE | Generalized Ships: left singular subspaces of last states, degrees
+    angle_low | DOUBLE | low end of its 95 % bootstrap interval over prompts, degrees
+    angle_high | DOUBLE | high end, degrees
+    angle_rank | BIGINT | rank by angle within set and ablation, from 1
+    angle_top | DOUBLE | chance to be in the top by angle when prompts are resampled, 0-1
+    feature_angle | DOUBLE | the same angle of the right singular (feature) subspaces, degrees
+    feature_rank | BIGINT | rank by feature_angle within set and ablation, from 1
+    fraction | DOUBLE | parameters that the ablation touches, of all the model's, 0-1
+"""
+)
+HEAD_AGREEMENT = columns(
+    """
+    set_a | VARCHAR | one prompt set
+    ablation_a | VARCHAR | and ablation
+    set_b | VARCHAR | another
+    ablation_b | VARCHAR | and its ablation
+    heads | BIGINT | heads compared
+    spearman | DOUBLE | rank correlation of the angles over heads, -1 to 1
+    low | DOUBLE | low end of its 95 % bootstrap interval over heads
+    high | DOUBLE | high end
+    top | BIGINT | size of each top list
+    shared | BIGINT | heads in both top lists
+    expected | DOUBLE | heads that two random lists would share on average
+"""
+)
+HEAD_GROUPS = columns(
+    _HEAD
+    + """
+    step | BIGINT | size of the group after this step, from 1
+    layer | BIGINT | layer of the head that joins
+    head | BIGINT | its number in the layer
+    angle | DOUBLE | Generalized Ships of the group against the intact model, degrees
+    ships | DOUBLE | mean KL(intact || group silenced) of the next token, nats
+    parameters | BIGINT | parameters that silencing the group amounts to changing
+    fraction | DOUBLE | the same as a fraction of the model's parameters, 0-1
+"""
+)
+HEAD_ANSWERS = columns(
+    """
+    ablation | VARCHAR | ua or sc
+    group_kind | VARCHAR | nothing (the intact model), found (greedy) or random
+    set | VARCHAR | the set a found group was chosen on; NULL for others
+    draw | BIGINT | number of a random group's draw, from 0; NULL for others
+    size | BIGINT | heads in the group
+    heads | VARCHAR | the group as layer.head, separated by spaces
+    prompt_id | VARCHAR | prompt of the held-out set
+    response | VARCHAR | greedy answer with the group silenced in prompt and response
+"""
+)
+HEAD_REFUSALS = columns(
+    _HEAD
+    + """
+    size | BIGINT | heads in the greedy group
+    heads | VARCHAR | the group as layer.head, separated by spaces
+    fraction | DOUBLE | parameters that silencing it touches, of all the model's, 0-1
+    n | BIGINT | held-out harmful prompts
+    refusals | BIGINT | of them refused
+    rate | DOUBLE | refusals / n
+    rate_low | DOUBLE | low end of its 95 % Clopper-Pearson interval
+    rate_high | DOUBLE | high end
+    base_rate | DOUBLE | refusal rate of the intact model on the same prompts
+    change | DOUBLE | rate - base_rate
+    change_low | DOUBLE | low end of its 95 % interval, prompts resampled in pairs
+    change_high | DOUBLE | high end
+    draws | BIGINT | random groups of this size
+    random_rate | DOUBLE | mean refusal rate over the random groups
+    random_low | DOUBLE | low end of its 95 % interval, groups and prompts resampled
+    random_high | DOUBLE | high end
+    beyond | DOUBLE | rate - random_rate: what the choice of heads adds; below 0: more removed
+    beyond_low | DOUBLE | low end of its 95 % interval, groups and prompts resampled together
+    beyond_high | DOUBLE | high end
+    as_low | DOUBLE | share of random groups, this one counted, with a rate as low; the p value
+"""
+)
+
 # --- norms
 
 NORMS_PROMPTS = columns("""
@@ -208,6 +315,12 @@ DIVERGENCE_RISK = columns("""
 
 FIGURES: dict[str, tuple[Column, ...]] = {
     # heads
+    "head_effects": HEAD_EFFECTS,
+    "head_scores": HEAD_SCORES,
+    "head_agreement": HEAD_AGREEMENT,
+    "head_groups": HEAD_GROUPS,
+    "head_answers": HEAD_ANSWERS,
+    "head_refusals": HEAD_REFUSALS,
     # norms
     "norms_prompts": NORMS_PROMPTS,
     "norms_maps": NORMS_MAPS,

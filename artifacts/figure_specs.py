@@ -15,7 +15,29 @@ from artifacts.specs import Fraction, JudgingSpec, ModelSpec, Name, PromptSource
 class HeadsSpec(Spec):
     """Safety heads: Ships, Generalized Ships and Sahara (arXiv 2410.13708)."""
 
-    prompts: dict[Name, PromptSource]
+    prompts: Annotated[dict[Name, PromptSource], Field(min_length=1)] = Field(
+        description="harmful prompt sets on which heads are scored, a panel each"
+    )
+    harmless: PromptSource = Field(description="the control: the same scores on these")
+    heldout: PromptSource = Field(description="harmful prompts on which refusals are counted")
+    ablations: Annotated[tuple[Literal["ua", "sc"], ...], Field(min_length=1)] = ("ua", "sc")
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 1e-5
+    rank: Annotated[int, Field(ge=1, le=64)] = Field(1, description="r of Generalized Ships")
+    score: Literal["angle", "ships"] = Field("angle", description="what greedy groups maximise")
+    top: Annotated[int, Field(ge=1, le=1000)] = 10
+    group: Annotated[int, Field(ge=1, le=50)] = Field(5, description="heads of a greedy group")
+    draws: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="random groups per size")
+    max_new_tokens: Annotated[int, Field(ge=1, le=1000)] = 16
+    labeller: Literal["heretic-33", "iconoclast-32", "prefix-strict"] = "heretic-33"
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = 1000
+
+    @model_validator(mode="after")
+    def _distinct(self) -> HeadsSpec:
+        if "harmless" in self.prompts:
+            raise ValueError("a harmful prompt set is called 'harmless'; give it another name")
+        if len(set(self.ablations)) < len(self.ablations):
+            raise ValueError("an ablation is listed twice")
+        return self
 
 
 class NormsSpec(Spec):
