@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 Group = Sequence[Head]
-TOKENS = 4096  # of a forward pass on a processor: more leave its caches
+TOKENS = 2048  # of a forward pass on a processor: more leave its caches
 
 
 @dataclass(frozen=True)
