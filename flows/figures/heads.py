@@ -47,7 +47,7 @@ def run(config: FigureConfig) -> FigureRun:
     scores = rank_heads(effects=effects, top=spec.top, **drawn)
     agreement = compare_heads(scores=scores, top=spec.top, **drawn)
     groups = _grow(config, spec, model, scored, effects)
-    answers = {
+    answers: dict[str, Ref] = {
         ablation: answer_without_heads(
             spec=config.model,
             model=model,

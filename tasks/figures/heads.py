@@ -377,4 +377,4 @@ def _named(name: str, ablation: str) -> dict[str, pl.Expr]:
 def _typed(frame: pl.DataFrame, columns: Any) -> pl.DataFrame:
     """The declared columns, in their order and types."""
     schema = polars_schema(columns)
-    return frame.select(list(schema)).cast(schema)
+    return frame.select(pl.col(name).cast(kind) for name, kind in schema.items())

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EDGES = {"ua": "#6a1b9a", "sc": "#e6b800"}  # purple circles and yellow crosses, as in the source
-MARKS = {"ua": ("o", 150), "sc": ("X", 75)}
+MARKS: dict[str, tuple[str, float]] = {
+    "ua": ("o", 300),
+    "sc": ("X", 60),
+}  # a cross lies within its circle
 DEGREES = "Generalized Ships (degrees)"
 SOURCE = "Zhou et al., arXiv 2410.13708"
 WHAT = (
@@ -58,6 +61,7 @@ def _top(found: pl.DataFrame, top: int) -> Figure:
         for ablation in _ablations(found):
             part = best.filter(pl.col("ablation") == ablation)
             marker, size = MARKS[ablation]
+            size *= min(1.0, 16 / max(shape))
             drawn = axes.scatter(
                 part["layer"],
                 part["head"],
@@ -68,10 +72,11 @@ def _top(found: pl.DataFrame, top: int) -> Figure:
                 vmin=0,
                 vmax=limit,
                 edgecolors=EDGES[ablation],
-                linewidths=2 if ablation == "ua" else 1.2,
+                linewidths=1.8 if ablation == "ua" else 0.9,
             )
         _number_axes(axes, shape)
         axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
         axes.set_title(f"{name} ({best['prompts'][0]} prompts)")
         if drawn is not None:
             figure.colorbar(drawn, ax=axes, label=DEGREES)
@@ -125,8 +130,9 @@ def _map_caption(found: pl.DataFrame, top: int) -> str:
         for name, n in found.select("set", "prompts").unique(maintain_order=True).rows()
     )
     return (
-        f"{WHAT} ({SOURCE}); dots: the {top} highest of a panel. The harmless control is ours: a "
-        f"head that is as high there is important, not about safety. Prompts: {counts}."
+        f"{WHAT} ({SOURCE}); dots: the {top} highest of a panel; one scale per row. The harmless "
+        "control is ours: a head that is as high there is important, not about safety. "
+        f"Prompts: {counts}."
     )
 
 
@@ -138,7 +144,7 @@ def _hover_map(found: pl.DataFrame, top: int) -> Any:
     shape, names = _shape(found), found["set"].unique(maintain_order=True).to_list()
     ablations = _ablations(found)
     titles = [f"{name}: {ABLATIONS[a]}" for a in ablations for name in names]
-    figure: Figure = make_subplots(
+    figure: Any = make_subplots(
         len(ablations), len(names), subplot_titles=titles, horizontal_spacing=0.05
     )
     for row, ablation in enumerate(ablations):
@@ -189,7 +195,7 @@ def _refusals(found: pl.DataFrame) -> Figure:
         here = found.filter(pl.col("ablation") == ablation)
         handles = _refusal_lines(axes, here)
         axes.set_xlabel("Heads silenced")
-        axes.set_ylabel(f"Refused, fraction of {here['n'][0]} held-out prompts")
+        axes.set_ylabel(f"Refused of {here['n'][0]} held-out prompts, fraction")
         axes.set_ylim(-0.03, 1.03)
         axes.set_xticks(range(int(here["size"].max()) + 1))  # type: ignore[arg-type]
         axes.set_title(ABLATIONS[ablation])
@@ -211,7 +217,7 @@ def _refusal_lines(axes: Axes, here: pl.DataFrame) -> list[Any]:
     sizes = [0, *first["size"]]
     low, high = [base, *first["random_low"]], [base, *first["random_high"]]
     axes.fill_between(sizes, low, high, color=GREY, alpha=0.25, lw=0)
-    handles = axes.plot(
+    handles: list[Any] = axes.plot(
         sizes, [base, *first["random_rate"]], c=GREY, marker=".", label="random heads"
     )
     colours = [BLUE, ORANGE, "#009e73", "#56b4e9", "#e69f00"]
@@ -223,7 +229,7 @@ def _refusal_lines(axes: Axes, here: pl.DataFrame) -> list[Any]:
         control = name == CONTROL
         colour = "#222222" if control else colours[number % len(colours)]
         places = part["size"].to_numpy() + shift * (number - (len(names) - 1) / 2)
-        style = {"color": colour, "ls": "--" if control else "-", "lw": 1.4}
+        style: dict[str, Any] = {"color": colour, "ls": "--" if control else "-", "lw": 1.4}
         axes.plot([0, places[0]], [base, rate[0]], **style)
         label = "chosen on harmless prompts" if control else f"chosen on {name}"
         handles.append(

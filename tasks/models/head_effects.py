@@ -155,7 +155,7 @@ class HeadProbe:
         ):
             scales.choose(rows)
             logits, last = self._forward(many)
-        return logits.unflatten(0, (count, prompts)), last.unflatten(0, (count, prompts))
+        return logits.reshape(count, prompts, -1), last.reshape(count, prompts, -1)
 
     @contextmanager
     def _silenced(self, groups: Sequence[Group]) -> Iterator[HeadScales]:
