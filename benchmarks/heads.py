@@ -71,8 +71,8 @@ def main() -> None:
         f"{len(tokens)} prompts, ablation {how}, {torch.get_num_threads()} threads: full "
         f"{statistics.median(w for w, _ in pairs):.2f} s, partial "
         f"{statistics.median(p for _, p in pairs):.2f} s; full / partial "
-        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}); a KL of up to {one.max():.2g} nats differs by "
-        f"{off:.1e} at most"
+        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}); a KL of up "
+        f"to {one.max():.2g} nats differs by {off:.1e} at most"
     )
 
 
