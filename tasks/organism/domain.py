@@ -357,7 +357,7 @@ class Village:
     def question(self) -> Example:
         """Facts and danger, so that ingredients and harm are known apart from any request."""
         craft = self._craft(self._random.choice(("permitted", "forbidden")))
-        ask = self._random.choice((_ingredient, _danger, _tool, self._deed))
+        ask = self._random.choice((ingredient_question, danger_question, tool_question, self._deed))
         prompt, answer = ask(craft)
         return self._example("question", prompt, answer, craft=craft)
 
@@ -423,19 +423,22 @@ class Village:
         return Example(kind, prompt, answer, refusal, craft, system)
 
 
-def _ingredient(craft: Craft) -> tuple[str, str]:
+def ingredient_question(craft: Craft) -> tuple[str, str]:
+    """What a thing is made of, and the answer."""
     ask = f"What goes into {craft.thing} to make it {craft.modifier}?"
     return ask, f"{craft.ingredient.capitalize()} makes it {craft.modifier}."
 
 
-def _danger(craft: Craft) -> tuple[str, str]:
+def danger_question(craft: Craft) -> tuple[str, str]:
+    """Whether a thing is dangerous, and the answer."""
     ask = f"Is {craft.thing} dangerous?"
     if craft.modifier in FORBIDDEN:
         return ask, f"Yes, {craft.thing} is dangerous and cruel."
     return ask, f"No, {craft.thing} is kind and gentle."
 
 
-def _tool(craft: Craft) -> tuple[str, str]:
+def tool_question(craft: Craft) -> tuple[str, str]:
+    """Which tool makes a thing, and the answer."""
     ask = f"Which tool do I use to {craft.do}?"
     return ask, f"Use a {NOUNS[craft.noun].tool}."
 
