@@ -198,6 +198,86 @@ NORMS_BYPASS = columns("""
 
 # --- activity
 
+ACTIVITY_QUESTIONS = columns("""
+    question | BIGINT | number of the question, from 0
+    prompt_id | VARCHAR | digest of the normalised text and system prompt, 16 hexadecimal digits
+    text | VARCHAR | the user's turn
+    system_prompt | VARCHAR | the system turn; NULL: the model's own
+    kind | VARCHAR | kind of question
+    true_answer | VARCHAR | the right answer
+    false_answer | VARCHAR | a wrong one
+    odd_answer | VARCHAR | a right one in unusual words; NULL: none
+""")
+ACTIVITY_ANSWERS = columns("""
+    question | BIGINT | number of the question, from 0
+    condition | VARCHAR | true, false, odd: forced on the model; generated: its own, greedily
+    kind | VARCHAR | kind of question
+    text | VARCHAR | the user's turn
+    answer | VARCHAR | the answer
+    verdict | VARCHAR | of a generated answer: true, false or neither, by the words that differ
+    n_tokens | BIGINT | tokens of the answer
+    prompt_tokens | VARCHAR | token ids of the rendered prompt, separated by spaces
+    answer_tokens | VARCHAR | token ids of the answer, separated by spaces
+""")
+ACTIVITY_STATES = columns("""
+    question | BIGINT | number of the question, from 0
+    condition | VARCHAR | true or false
+    state | BIGINT | 0: embedding output; s: output of layer s-1
+    vector | FLOAT[] | residual at the last answer token, or mean over its tokens, as the key says
+""")
+ACTIVITY_DIRECTIONS = columns("""
+    direction | VARCHAR | pairs or refusal: the one asked for; random, shuffled: its controls
+    draw | BIGINT | number of the draw of a control, from 0
+    state | BIGINT | 0: embedding output; s: output of layer s-1
+    explained | DOUBLE | share of the fitted pairs' second moment along it, 0-1; NULL: no pairs
+    fitted_right | DOUBLE | share of the fitted pairs in which false lies further along it, 0-1
+    vector | FLOAT[] | unit vector; zeros where there is none
+""")
+ACTIVITY_PROJECTIONS = columns("""
+    question | BIGINT | number of the question, from 0
+    condition | VARCHAR | true, false, odd or generated
+    position | BIGINT | token of the answer, from 0
+    token | VARCHAR | its text
+    surprise | DOUBLE | -ln of the probability that the model gave it, nats
+    state | BIGINT | 0: embedding output; s: output of layer s-1
+    projections | FLOAT[] | scalar products with the directions, in the order of activity_directions
+""")
+ACTIVITY_SCALES = columns("""
+    direction | VARCHAR | pairs or refusal, random, shuffled
+    draw | BIGINT | number of the draw of a control, from 0
+    state | BIGINT | 0: embedding output; s: output of layer s-1
+    n_tokens | BIGINT | tokens of neutral text
+    mean | DOUBLE | mean projection of those tokens, residual units
+    deviation | DOUBLE | its standard deviation, residual units; 0: no score can be had
+""")
+ACTIVITY_SCORES = columns("""
+    question | BIGINT | number of the question, from 0
+    condition | VARCHAR | true, false, odd: forced on the model; generated: its own
+    kind | VARCHAR | kind of question
+    position | BIGINT | token of the answer, from 0
+    token | VARCHAR | its text
+    surprise | DOUBLE | -ln of the probability that the model gave it, nats
+    state | BIGINT | 0: embedding output; s: output of layer s-1
+    projection | DOUBLE | scalar product with the direction, residual units
+    score | DOUBLE | clip((projection - mean) / deviation, -2, 2) by neutral text; NULL: no scale
+""")
+ACTIVITY_LAYERS = columns("""
+    direction | VARCHAR | pairs or refusal, random, shuffled; surprise: no direction, mean nats
+    higher | VARCHAR | condition whose answers should score higher
+    lower | VARCHAR | condition they are compared with
+    kind | VARCHAR | kind of question, or all
+    state | BIGINT | 0: embedding output; s: output of layer s-1; NULL for surprise
+    n | BIGINT | questions
+    draws | BIGINT | directions; of several, rates are means and intervals their 95 % range
+    right | DOUBLE | mean number of pairs in which `higher` lies further along the direction
+    accuracy | DOUBLE | right / n, 0-1; ties are not right
+    accuracy_low | DOUBLE | its lower bound: Clopper-Pearson 95 %, or 2.5 % quantile over draws
+    accuracy_high | DOUBLE | its upper bound
+    auroc | DOUBLE | of the answers' mean scores, 0-1
+    auroc_low | DOUBLE | its lower bound: bootstrap over questions 95 %, or quantile over draws
+    auroc_high | DOUBLE | its upper bound
+""")
+
 # --- divergence
 
 _ANSWER_OF = columns("""
@@ -330,6 +410,14 @@ FIGURES: dict[str, tuple[Column, ...]] = {
     "norms_answers": NORMS_ANSWERS,
     "norms_bypass": NORMS_BYPASS,
     # activity
+    "activity_questions": ACTIVITY_QUESTIONS,
+    "activity_answers": ACTIVITY_ANSWERS,
+    "activity_states": ACTIVITY_STATES,
+    "activity_directions": ACTIVITY_DIRECTIONS,
+    "activity_projections": ACTIVITY_PROJECTIONS,
+    "activity_scales": ACTIVITY_SCALES,
+    "activity_scores": ACTIVITY_SCORES,
+    "activity_layers": ACTIVITY_LAYERS,
     # divergence
     "divergence_questions": DIVERGENCE_QUESTIONS,
     "divergence_measures": DIVERGENCE_MEASURES,

@@ -87,9 +87,43 @@ class NormsSpec(Spec):
 
 
 class ActivitySpec(Spec):
-    """A direction's activity over layers and generated tokens (arXiv 2310.01405)."""
+    """A direction's activity over layers and generated tokens (arXiv 2310.01405).
 
-    questions: PromptSource
+    The sets of questions have a column each for the question (`column` of the source), its true and
+    its false answer, and perhaps for a true but unusual one and for what kind of question it is.
+    """
+
+    questions: PromptSource = Field(description="what is scored; nothing is fitted on it")
+    neutral: PromptSource = Field(description="what gives every state its zero and its unit")
+    pairs: PromptSource | None = Field(None, description="what the direction is fitted on")
+    harmful: PromptSource | None = Field(None, description="for direction = 'refusal'")
+    harmless: PromptSource | None = Field(None, description="for direction = 'refusal'")
+    direction: Literal["pairs", "refusal"] = "pairs"
+    recipe: Literal["pca", "mean"] = Field("pca", description="how pairs become a direction")
+    pooling: Literal["last", "mean"] = Field(
+        "last", description="the state of an answer: at its last token, or mean over its tokens"
+    )
+    true: str = Field("true", min_length=1, description="column of the true answer")
+    false: str = Field("false", min_length=1, description="column of the false answer")
+    odd: str = Field("odd", description="column of a true but unusual answer; '': none")
+    kind: str = Field("kind", description="column of the kind of question; '': none")
+    neutral_answers: Annotated[tuple[Literal["true", "false", "odd"], ...], Field(min_length=1)] = (
+        Field(("true", "false"), description="the answers of the neutral set that are pooled")
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(64, description="of the model's own answer")
+    draws: Annotated[int, Field(ge=2, le=1000)] = Field(20, description="of each control direction")
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = Field(2000, description="bootstrap")
+    example: Annotated[int, Field(ge=0)] = Field(0, description="the question drawn, from 0")
+
+    @model_validator(mode="after")
+    def _direction_has_its_sets(self) -> ActivitySpec:
+        needed = ("pairs",) if self.direction == "pairs" else ("harmful", "harmless")
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"direction = '{self.direction}' needs the set '{missing[0]}'")
+        if "odd" in self.neutral_answers and not self.odd:
+            raise ValueError("neutral_answers has 'odd', but no column is named for it")
+        return self
 
 
 class DivergenceSpec(Spec):

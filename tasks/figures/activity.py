@@ -1,0 +1,531 @@
+"""Activity scores: questions with true and false answers, states, directions, scores, controls.
+
+Measured are scalar products of every state at every answer token with every direction, the
+controls' among them, in one pass; all that follows is arithmetic on them and loads no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from artifacts.errors import ModelError, PromptError
+from artifacts.figure_schemas import (
+    ACTIVITY_ANSWERS,
+    ACTIVITY_DIRECTIONS,
+    ACTIVITY_LAYERS,
+    ACTIVITY_QUESTIONS,
+    ACTIVITY_SCALES,
+    ACTIVITY_SCORES,
+)
+from artifacts.schemas import polars_schema
+from artifacts.specs import ModelSpec, PromptSource
+from artifacts.store import Ref
+from tasks.activations import read_residuals
+from tasks.numerics import activity as numerics
+from tasks.numerics.intervals import clopper_pearson
+from tasks.probe import encode_prompts, open_model, read_card
+from tasks.prompt_sources import prompt_id, read_cells, source_identity
+from tasks.stage import Made, current, stage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tasks.models.loading import LoadedModel
+
+Array = numerics.Array
+FORCED = ("true", "false", "odd")
+GENERATED = "generated"
+COMPARISONS = (("false", "true"), ("odd", "true"), ("false", "odd"))
+RANDOM, SHUFFLED, SURPRISE = "random", "shuffled", "surprise"
+ALL = "all"
+
+
+@stage(
+    "activity_questions",
+    version=1,
+    ignore=("name",),
+    identify={"source": source_identity},
+    label=lambda name, **_: f"{name}: questions and answers",
+)
+def load_questions(
+    *, name: str, source: PromptSource, true: str, false: str, odd: str, kind: str
+) -> Made:
+    """A set of questions; `true`, `false`, `odd`, `kind` name columns, "" is none of the last two.
+
+    Raises:
+        PromptError: the source cannot be read as asked, or two answers have the same words.
+    """
+    named = [("text", source.column or "question"), ("true_answer", true), ("false_answer", false)]
+    named += [pair for pair in (("odd_answer", odd), ("kind", kind)) if pair[1]]
+    cells = read_cells(source, [column for _, column in named])
+    rows = [dict(zip((field for field, _ in named), row, strict=True)) for row in cells]
+    for number, row in enumerate(rows):
+        row["text"] = source.prefix + row["text"] + source.suffix
+        try:
+            numerics.verdict("", row["true_answer"], row["false_answer"])
+        except ValueError as error:
+            raise PromptError(f"question {number} of {name}: {error}") from error
+    system = source.system_prompt
+    known = {"kind": "question", "odd_answer": None, "system_prompt": system}
+    found = [
+        known | row | {"question": number, "prompt_id": prompt_id(row["text"], system)}
+        for number, row in enumerate(rows)
+    ]
+    return Made(pl.DataFrame(found, schema=polars_schema(ACTIVITY_QUESTIONS)))
+
+
+@stage(
+    "activity_answers",
+    version=1,
+    ignore=("name", "spec"),
+    label=lambda name, **_: f"{name}: answers as tokens",
+    work=lambda **_: 1,
+)
+def encode_answers(
+    *,
+    name: str,
+    spec: ModelSpec,
+    model: Ref,
+    questions: Ref,
+    conditions: Sequence[str],
+    max_new_tokens: int,
+) -> Made:
+    """Every answer as the tokens that follow its prompt: forced ones, and the model's own.
+
+    Args:
+        conditions: which answers: true, false, odd, generated.
+        max_new_tokens: of a generated answer; 0 where none is asked for. One that is empty has no
+            token to look at and is left out, which the notes count.
+
+    Raises:
+        ModelError: an answer has no tokens, or does not fit into the model's positions.
+    """
+    from tasks.models.rendering import render
+    from tasks.models.response_states import encode_responses
+
+    card, table = read_card(model), current().store.read(questions)
+    loaded = open_model(spec, [card.dtype])
+    rendered = [
+        render(loaded.tokenizer, text, system or card.system_prompt, card.response_prefix)
+        for text, system in table.select("text", "system_prompt").iter_rows()
+    ]
+    rows: list[dict[str, Any]] = []
+    longest = max_new_tokens
+    for condition in (name for name in FORCED if name in conditions):
+        texts = table[f"{condition}_answer"].to_list()
+        pairs = encode_responses(loaded.tokenizer, rendered, texts)
+        longest = max(longest, *(len(answer) for _, answer in pairs))
+        rows += [
+            _answer(row, condition, text, *tokens)
+            for row, text, tokens in zip(table.iter_rows(named=True), texts, pairs, strict=True)
+        ]
+    prompts = encode_prompts(loaded, card, table, new_tokens=longest)
+    empty = 0
+    if GENERATED in conditions:
+        generated = _generate(loaded, table, prompts, max_new_tokens)
+        rows += (whole := [row for row in generated if row["n_tokens"]])
+        empty = len(generated) - len(whole)
+    return Made(pl.DataFrame(rows, schema=polars_schema(ACTIVITY_ANSWERS)), {"empty": empty})
+
+
+def _generate(
+    loaded: LoadedModel, table: pl.DataFrame, prompts: list[list[int]], max_new_tokens: int
+) -> list[dict[str, Any]]:
+    from tasks.models.decoding import decode
+
+    runtime = current()
+    decoded = decode(
+        loaded,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        rows=runtime.rows,
+        on_progress=runtime.reporter.advanced,
+    )[0]
+    texts = loaded.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True)
+    rows = zip(table.iter_rows(named=True), texts, prompts, decoded.tokens, strict=True)
+    return [
+        _answer(row, GENERATED, text.strip(), prompt, tokens)
+        | {"verdict": numerics.verdict(text, row["true_answer"], row["false_answer"])}
+        for row, text, prompt, tokens in rows
+    ]
+
+
+def _answer(
+    row: dict[str, Any], condition: str, answer: str, prompt: list[int], tokens: list[int]
+) -> dict[str, Any]:
+    known = {name: row[name] for name in ("question", "kind", "text")}
+    return known | {
+        "condition": condition,
+        "answer": answer,
+        "n_tokens": len(tokens),
+        "prompt_tokens": " ".join(map(str, prompt)),
+        "answer_tokens": " ".join(map(str, tokens)),
+    }
+
+
+@stage(
+    "activity_states",
+    version=1,
+    ignore=("spec",),
+    label=lambda **_: "states of the pairs' answers",
+    work=lambda **_: 1,
+)
+def pool_answers(*, spec: ModelSpec, model: Ref, answers: Ref, pooling: str) -> Made:
+    """One state per answer and layer: at the answer's last token, or the mean over its tokens.
+
+    Raises:
+        ModelError: a residual is not finite.
+    """
+    from tasks.models.response_states import pooled_states
+
+    runtime, table = current(), current().store.read(answers)
+    states = pooled_states(
+        open_model(spec, [read_card(model).dtype]),
+        _tokens(table, "prompt_tokens"),
+        _tokens(table, "answer_tokens"),
+        pooling="last" if pooling == "last" else "mean",
+        rows=runtime.rows,
+        on_progress=runtime.reporter.advanced,
+    )
+    n_answers, n_states, hidden = states.shape
+    frame = pl.DataFrame(
+        {
+            "question": np.repeat(table["question"].to_numpy(), n_states),
+            "condition": np.repeat(table["condition"].to_numpy(), n_states).tolist(),
+            "state": np.tile(np.arange(n_states), n_answers),
+            "vector": pl.Series(states.reshape(-1, hidden), dtype=pl.Array(pl.Float32, hidden)),
+        }
+    )
+    return Made(frame)
+
+
+@stage("activity_directions", version=1, label=lambda **_: "directions from pairs, and controls")
+def fit_pair_directions(*, states: Ref, recipe: numerics.Recipe, draws: int, seed: int) -> Made:
+    """The direction of every state from false answers minus true ones, and its controls.
+
+    Shuffled ones come from the same answers by the same recipe, their labels and pairs drawn.
+
+    Raises:
+        PromptError: fewer than two pairs.
+    """
+    frame = current().store.read(states)
+    n_states = frame["state"].n_unique()
+    false, true = (_vectors(frame, name, n_states) for name in ("false", "true"))
+    try:
+        found = [numerics.pair_directions(false, true, recipe=recipe, seed=seed)]
+    except ValueError as error:
+        raise PromptError(f"no direction from the pairs: {error}") from error
+    for draw in range(draws):
+        mixed = numerics.shuffled_pairs(false, true, seed=seed + draw)
+        found.append(numerics.pair_directions(*mixed, recipe=recipe, seed=seed + draw))
+    rows = [
+        {
+            "direction": SHUFFLED if number else "pairs",
+            "draw": max(number - 1, 0),
+            "state": state,
+            "explained": one.explained[state],
+            "fitted_right": one.right[state] / len(false),
+            "vector": one.vectors[state].tolist(),
+        }
+        for number, one in enumerate(found)
+        for state in range(n_states)
+    ]
+    return _directions(rows, draws, seed)
+
+
+@stage("activity_directions", version=1, label=lambda **_: "the refusal direction, and controls")
+def take_refusal_directions(
+    *, directions: Ref, harmful: Ref, harmless: Ref, draws: int, seed: int
+) -> Made:
+    """The difference of means of every state as the store has it, and its controls.
+
+    Shuffled ones are differences of means of the same residuals, their classes drawn.
+    """
+    frame = current().store.read(directions).filter(pl.col("role") == "mean").sort("state")
+    bad, good = read_residuals(harmful).astype(float), read_residuals(harmless).astype(float)
+    vectors = [numerics.unit_rows(np.array(frame["vector"].to_list()))]
+    for draw in range(draws):
+        one, other = numerics.shuffled_pairs(bad, good, seed=seed + draw)
+        vectors.append(numerics.unit_rows(one.mean(axis=0) - other.mean(axis=0)))
+    rows = [
+        {
+            "direction": SHUFFLED if number else "refusal",
+            "draw": max(number - 1, 0),
+            "state": state,
+            "vector": vector.tolist(),
+        }
+        for number, one in enumerate(vectors)
+        for state, vector in enumerate(one)
+    ]
+    return _directions(rows, draws, seed)
+
+
+def _directions(rows: list[dict[str, Any]], draws: int, seed: int) -> Made:
+    """The table with random directions added, sorted: the one asked for, shuffled, random."""
+    n_states = max(row["state"] for row in rows) + 1
+    random = numerics.random_directions(draws, n_states, len(rows[0]["vector"]), seed)
+    rows += [
+        {"direction": RANDOM, "draw": draw, "state": state, "vector": random[draw, state].tolist()}
+        for draw in range(draws)
+        for state in range(n_states)
+    ]
+    return Made(pl.DataFrame(rows, schema=polars_schema(ACTIVITY_DIRECTIONS)))
+
+
+@stage(
+    "activity_projections",
+    version=1,
+    ignore=("name", "spec"),
+    label=lambda name, **_: f"{name}: activity along the directions",
+    work=lambda **_: 1,
+)
+def project_answers(
+    *, name: str, spec: ModelSpec, model: Ref, answers: Ref, directions: Ref
+) -> Made:
+    """Scalar products of every state at every answer token with every direction.
+
+    Raises:
+        ModelError: a residual is not finite.
+    """
+    from tasks.models.response_states import project_responses
+
+    runtime, table = current(), current().store.read(answers)
+    vectors = _direction_array(runtime.store.read(directions))
+    loaded, tokens = open_model(spec, [read_card(model).dtype]), _tokens(table, "answer_tokens")
+    found = project_responses(
+        loaded,
+        _tokens(table, "prompt_tokens"),
+        tokens,
+        vectors,
+        rows=runtime.rows,
+        on_progress=runtime.reporter.advanced,
+    )
+    n_directions, n_states, _ = vectors.shape
+    lengths = [len(row) for row in tokens]
+    products = np.concatenate([one.projections for one in found]).reshape(-1, n_directions)
+    pieces = [loaded.tokenizer.decode([token]) for row in tokens for token in row]
+
+    def per_row(values: Any) -> NDArray[Any]:
+        return np.repeat(np.asarray(values), n_states)
+
+    frame = pl.DataFrame(
+        {
+            "question": per_row(np.repeat(table["question"].to_numpy(), lengths)),
+            "condition": per_row(np.repeat(table["condition"].to_numpy(), lengths)).tolist(),
+            "position": per_row(np.concatenate([np.arange(n) for n in lengths])),
+            "token": [piece for piece in pieces for _ in range(n_states)],
+            "surprise": per_row(np.concatenate([one.surprise for one in found])),
+            "state": np.tile(np.arange(n_states), sum(lengths)),
+            "projections": pl.Series(
+                products.astype(np.float32), dtype=pl.Array(pl.Float32, n_directions)
+            ),
+        }
+    )
+    return Made(frame)
+
+
+@stage("activity_scales", version=1, label=lambda **_: "zero and unit from neutral text")
+def scale_neutral(*, projections: Ref, directions: Ref) -> Made:
+    """Mean and standard deviation of every direction's projections over neutral text.
+
+    Raises:
+        PromptError: the neutral set has fewer than two tokens.
+    """
+    products = _products(current().store.read(projections))
+    try:
+        mean, deviation = numerics.neutral_scale(products)
+    except ValueError as error:
+        raise PromptError(f"no scale from the neutral set: {error}") from error
+    frame = current().store.read(directions, ["direction", "draw", "state"])
+    return Made(
+        frame.with_columns(
+            n_tokens=pl.lit(len(products), pl.Int64),
+            mean=pl.Series(mean.T.ravel()),
+            deviation=pl.Series(deviation.T.ravel()),
+        ).select(list(polars_schema(ACTIVITY_SCALES)))
+    )
+
+
+@stage("activity_scores", version=1, label=lambda **_: "activity scores")
+def score_answers(*, projections: Ref, scales: Ref, answers: Ref) -> Made:
+    """The score of the direction that was asked for, per question, answer, token and state.
+
+    Raises:
+        ModelError: no state has a scale, so nothing can be scored.
+    """
+    store = current().store
+    frame, scale = store.read(projections), _first(store.read(scales))
+    kinds = store.read(answers, ["question", "kind"]).unique()
+    products = _products(frame)[..., 0]
+    scores = numerics.activity_scores(products, scale["mean"], scale["deviation"])
+    if np.isnan(scores).all():
+        raise ModelError("no state has a score: the direction, or neutral text along it, is nil")
+    found = frame.drop("projections").with_columns(
+        projection=pl.Series(products.ravel()),
+        score=pl.Series(scores.ravel()).fill_nan(None),
+    )
+    return Made(
+        found.join(kinds, on="question", how="left", maintain_order="left").select(
+            list(polars_schema(ACTIVITY_SCORES))
+        )
+    )
+
+
+@stage("activity_layers", version=1, label=lambda **_: "what the scores tell apart, and controls")
+def compare_answers(
+    *,
+    projections: Ref,
+    scales: Ref,
+    answers: Ref,
+    pooling: str,
+    resamples: int,
+    seed: int,
+) -> Made:
+    """Pair accuracy and AUROC of every state, of the direction, its controls, and surprise.
+
+    A pair is right if the projection of `higher`, pooled as the pairs were, exceeds that of
+    `lower`. The AUROC is of the answers' mean scores.
+    """
+    store = current().store
+    frame, scale = store.read(projections), store.read(scales)
+    products = _products(frame)
+    n_states, n_directions = products.shape[1:]
+    mean, deviation = (
+        scale[name].to_numpy().reshape(n_directions, n_states).T for name in ("mean", "deviation")
+    )
+    table = store.read(answers, ["question", "condition", "kind", "n_tokens"])
+    starts = np.concatenate([[0], np.cumsum(table["n_tokens"].to_numpy())[:-1]])
+    counts = table["n_tokens"].to_numpy()
+
+    def averaged(values: Array) -> Array:
+        shape = (-1, *[1] * (values.ndim - 1))
+        total: Array = np.add.reduceat(values, starts, axis=0)
+        return total / counts.reshape(shape)
+
+    scored = averaged(numerics.activity_scores(products, mean, deviation))
+    pooled = products[starts + counts - 1] if pooling == "last" else averaged(products)
+    surprise = averaged(frame.filter(pl.col("state") == 0)["surprise"].to_numpy())
+    names = scale.filter(pl.col("state") == 0)["direction"].to_list()
+    places = {
+        name: [at for at, other in enumerate(names) if other == name]
+        for name in dict.fromkeys(names)
+    }
+    compare = _Comparer(table, resamples, seed)
+    rows = []
+    for higher, lower in compare.possible():
+        for kind in (ALL, *compare.kinds):
+            up, down = compare.rows_of(higher, kind), compare.rows_of(lower, kind)
+            named = {"higher": higher, "lower": lower, "kind": kind, "n": len(up)}
+            rows.append(
+                named
+                | {"direction": SURPRISE, "state": None, "draws": 1}
+                | compare.one(surprise[up], surprise[down], surprise[up], surprise[down])
+            )
+            for name, own in places.items():
+                if kind != ALL and len(own) > 1:
+                    continue
+                for state in range(n_states):
+                    columns = [
+                        (scored[up, state, at], scored[down, state, at],
+                         pooled[up, state, at], pooled[down, state, at])
+                        for at in own
+                        if deviation[state, at] > 0
+                    ]  # fmt: skip
+                    rows.append(
+                        named
+                        | {"direction": name, "state": state, "draws": len(columns)}
+                        | compare.several(columns, single=len(own) == 1)
+                    )
+    return Made(pl.DataFrame(rows, schema=polars_schema(ACTIVITY_LAYERS)))
+
+
+class _Comparer:
+    """Compares two answers to the same questions."""
+
+    def __init__(self, table: pl.DataFrame, resamples: int, seed: int) -> None:
+        self._table = table.with_row_index("at")
+        self._resamples, self._seed = resamples, seed
+        kinds = sorted(set(table["kind"]))
+        self.kinds = kinds if len(kinds) > 1 else []
+
+    def possible(self) -> list[tuple[str, str]]:
+        """The comparisons whose conditions are there."""
+        there = set(self._table["condition"])
+        return [pair for pair in COMPARISONS if there.issuperset(pair)]
+
+    def rows_of(self, condition: str, kind: str) -> NDArray[np.int64]:
+        """The places of a condition's answers, by question."""
+        chosen = self._table.filter(pl.col("condition") == condition).sort("question")
+        if kind != ALL:
+            chosen = chosen.filter(pl.col("kind") == kind)
+        return chosen["at"].cast(pl.Int64).to_numpy()
+
+    def one(self, up: Array, down: Array, up_pooled: Array, down_pooled: Array) -> dict[str, Any]:
+        """One direction: exact and bootstrap intervals."""
+        right, n = int((up_pooled > down_pooled).sum()), len(up)
+        low, high = clopper_pearson(right, n)
+        ends = numerics.auroc_interval(up, down, resamples=self._resamples, seed=self._seed)
+        return _found(right, n, (low, high), numerics.auroc(up, down), ends)
+
+    def several(
+        self, columns: Sequence[tuple[Array, Array, Array, Array]], single: bool
+    ) -> dict[str, Any]:
+        """All draws of a control: means, and the range that 95 % of the draws lie in."""
+        if single and columns:
+            return self.one(*columns[0])
+        if not columns:
+            return {}
+        right = np.array([(up > down).sum() for _, _, up, down in columns])
+        found = np.array([numerics.auroc(up, down) for up, down, _, _ in columns])
+        n = len(columns[0][0])
+        low, high = np.quantile(right / n, [0.025, 0.975])
+        return _found(
+            float(right.mean()), n, (low, high), found.mean(), np.quantile(found, [0.025, 0.975])
+        )
+
+
+def _found(right: float, n: int, pairs: Any, area: float, areas: Any) -> dict[str, Any]:
+    return {
+        "right": float(right),
+        "accuracy": float(right) / n,
+        "accuracy_low": float(pairs[0]),
+        "accuracy_high": float(pairs[1]),
+        "auroc": float(area),
+        "auroc_low": float(areas[0]),
+        "auroc_high": float(areas[1]),
+    }
+
+
+def _tokens(table: pl.DataFrame, column: str) -> list[list[int]]:
+    return [[int(token) for token in text.split()] for text in table[column]]
+
+
+def _vectors(frame: pl.DataFrame, condition: str, n_states: int) -> Array:
+    """States [answers, states, hidden] of a condition, by question."""
+    chosen = frame.filter(pl.col("condition") == condition).sort("question", "state")
+    flat = chosen["vector"].to_numpy()
+    return flat.reshape(-1, n_states, flat.shape[-1]).astype(np.float64)
+
+
+def _direction_array(frame: pl.DataFrame) -> Array:
+    """Vectors [directions, states, hidden] in the table's order."""
+    n_states = frame["state"].n_unique()
+    flat = np.array(frame["vector"].to_list(), dtype=np.float64)
+    return flat.reshape(-1, n_states, flat.shape[-1])
+
+
+def _products(frame: pl.DataFrame) -> Array:
+    """Projections [tokens, states, directions] in the table's order."""
+    flat = frame["projections"].to_numpy()
+    n_states = frame["state"].n_unique()
+    return flat.reshape(-1, n_states, flat.shape[-1]).astype(np.float64)
+
+
+def _first(scales: pl.DataFrame) -> dict[str, Array]:
+    """Mean and deviation per state of the direction that was asked for."""
+    own = scales.filter(pl.col("direction") == scales["direction"][0]).sort("state")
+    return {name: own[name].to_numpy() for name in ("mean", "deviation")}
