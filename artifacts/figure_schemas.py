@@ -226,7 +226,7 @@ ACTIVITY_STATES = columns("""
     vector | FLOAT[] | residual at the last answer token, or mean over its tokens, as the key says
 """)
 ACTIVITY_DIRECTIONS = columns("""
-    direction | VARCHAR | pairs or refusal: the one asked for; random, shuffled: its controls
+    direction | VARCHAR | pca, mean, probe: from pairs; refusal; random, shuffled: controls
     draw | BIGINT | number of the draw of a control, from 0
     state | BIGINT | 0: embedding output; s: output of layer s-1
     explained | DOUBLE | share of the fitted pairs' second moment along it, 0-1; NULL: no pairs
@@ -243,7 +243,7 @@ ACTIVITY_PROJECTIONS = columns("""
     projections | FLOAT[] | scalar products with the directions, in the order of activity_directions
 """)
 ACTIVITY_SCALES = columns("""
-    direction | VARCHAR | pairs or refusal, random, shuffled
+    direction | VARCHAR | pca, mean, probe, refusal, random or shuffled
     draw | BIGINT | number of the draw of a control, from 0
     state | BIGINT | 0: embedding output; s: output of layer s-1
     n_tokens | BIGINT | tokens of neutral text
@@ -262,7 +262,7 @@ ACTIVITY_SCORES = columns("""
     score | DOUBLE | clip((projection - mean) / deviation, -2, 2) by neutral text; NULL: no scale
 """)
 ACTIVITY_LAYERS = columns("""
-    direction | VARCHAR | pairs or refusal, random, shuffled; surprise: no direction, mean nats
+    direction | VARCHAR | as in activity_directions; surprise: none, but mean nats per token
     higher | VARCHAR | condition whose answers should score higher
     lower | VARCHAR | condition they are compared with
     kind | VARCHAR | kind of question, or all
@@ -270,7 +270,7 @@ ACTIVITY_LAYERS = columns("""
     n | BIGINT | questions
     draws | BIGINT | directions; of several, rates are means and intervals their 95 % range
     right | DOUBLE | mean number of pairs in which `higher` lies further along the direction
-    accuracy | DOUBLE | right / n, 0-1; ties are not right
+    accuracy | DOUBLE | right / n, 0-1; ties are not right; NULL where all are ties
     accuracy_low | DOUBLE | its lower bound: Clopper-Pearson 95 %, or 2.5 % quantile over draws
     accuracy_high | DOUBLE | its upper bound
     auroc | DOUBLE | of the answers' mean scores, 0-1

@@ -99,7 +99,9 @@ class ActivitySpec(Spec):
     harmful: PromptSource | None = Field(None, description="for direction = 'refusal'")
     harmless: PromptSource | None = Field(None, description="for direction = 'refusal'")
     direction: Literal["pairs", "refusal"] = "pairs"
-    recipe: Literal["pca", "mean"] = Field("pca", description="how pairs become a direction")
+    recipe: Literal["pca", "mean", "probe"] = Field(
+        "pca", description="how pairs become a direction; the other recipes are for comparison"
+    )
     pooling: Literal["last", "mean"] = Field(
         "last", description="the state of an answer: at its last token, or mean over its tokens"
     )

@@ -32,6 +32,7 @@ from tasks.figures.activity_pictures import FILES, NAMES, draw_activity
 from tasks.probe import probe_model
 from tasks.prompts import compare_splits, load_prompts
 
+FEWEST = 5  # answers of which a mean is given an interval
 CONDITIONS = ("false", "true", "odd", GENERATED)
 
 
@@ -138,22 +139,39 @@ def _directions(
 
 def sections(store: Store, found: FigureRun) -> Sequence[Section]:
     """What a finished run says."""
-    layers = store.read(found.tables["layers"]).filter(pl.col("kind") == ALL)
+    layers = store.read(found.tables["layers"])
+    fitted = store.read(found.tables["directions"], ["direction", "state", "fitted_right"])
     answers = store.read(found.tables["answers"], ["question", "condition", "verdict"])
     scores = store.read(
         found.tables["scores"], ["question", "condition", "position", "state", "score"]
     )
-    return [_by_layer(layers), _controls(layers), _conditions(scores, answers)]
+    name, state = str(fitted["direction"][0]), _chosen(fitted)
+    return [
+        _by_layer(layers, name),
+        _controls(layers, name, state),
+        _conditions(scores, answers),
+    ]
 
 
-def _by_layer(layers: pl.DataFrame) -> Section:
+def _chosen(fitted: pl.DataFrame) -> int:
+    """The state that is looked at more closely, chosen on the fitted pairs alone: the first of the
+    best. The middle one for a direction that is from no pairs."""
+    own = fitted.filter((pl.col("direction") == fitted["direction"][0]) & (pl.col("state") > 0))
+    shares = own.sort("state")["fitted_right"].to_list()
+    if None in shares:
+        return len(shares) // 2 + 1
+    return shares.index(max(shares)) + 1
+
+
+def _by_layer(layers: pl.DataFrame, name: str) -> Section:
     """The direction itself, state by state."""
-    name = layers.filter(~pl.col("direction").is_in(["surprise", "random", "shuffled"]))
-    own = name.filter((pl.col("higher") == "false") & (pl.col("lower") == "true")).sort("state")
+    own = layers.filter((pl.col("direction") == name) & (pl.col("kind") == ALL))
+    own = own.filter((pl.col("higher") == "false") & (pl.col("lower") == "true")).sort("state")
     rows = [
         {
             "layer": _layer(row["state"]),
             "right": None if row["right"] is None else f"{row['right']:.0f}/{row['n']}",
+            "share": row["accuracy"],
             "pairs 95 %": _interval(row, "accuracy"),
             "AUROC": row["auroc"],
             "AUROC 95 %": _interval(row, "auroc"),
@@ -161,48 +179,44 @@ def _by_layer(layers: pl.DataFrame) -> Section:
         for row in own.iter_rows(named=True)
     ]
     return Section(
-        "Held-out questions: false against true, layer by layer",
+        f"Direction '{name}' on held-out questions: false against true, layer by layer",
         rows,
         "right: pairs whose false answer lies further along the direction (Clopper-Pearson). AUROC "
-        "of answers' mean scores (bootstrap over questions). Direction: RepE, arXiv 2310.01405, "
-        "unless the config says otherwise; the score's scale is ours.",
+        "of answers' mean scores (bootstrap over questions). 'pca' is RepE's recipe (arXiv "
+        "2310.01405); the score's scale is ours.",
     )
 
 
-def _controls(layers: pl.DataFrame) -> Section:
-    """What else tells the answers apart, and what the direction should not."""
-    rows = []
-    for (direction, higher, lower), group in layers.group_by(
-        ["direction", "higher", "lower"], maintain_order=True
-    ):
-        if lower == "true" and higher == "false" and direction not in _WORDS:
-            continue  # the table above
-        if direction in ("random", "shuffled") and (higher, lower) != ("false", "true"):
-            continue
-        best = group.drop_nulls("auroc").sort("auroc", descending=True, maintain_order=True)
-        if not best.height:
-            continue
-        row = best.row(0, named=True)
-        rows.append(
-            {
-                "control": _WORDS.get(str(direction), "direction"),
-                "compares": f"{higher} > {lower}",
-                "best layer": _layer(row["state"]),
-                "pairs": row["accuracy"],
-                "AUROC": row["auroc"],
-                "95 %": _interval(row, "auroc"),
-            }
-        )
+def _controls(layers: pl.DataFrame, name: str, state: int) -> Section:
+    """At one layer: what else tells the answers apart, and what the direction should not."""
+    there = layers.filter((pl.col("state") == state) | pl.col("state").is_null())
+    rows = [
+        {
+            "direction": row["direction"],
+            "compares": f"{row['higher']} > {row['lower']}",
+            "kind": row["kind"],
+            "pairs": row["accuracy"],
+            "95 %": _interval(row, "accuracy"),
+            "AUROC": row["auroc"],
+            "of it 95 %": _interval(row, "auroc"),
+        }
+        for row in there.iter_rows(named=True)
+        if _told(row, name)
+    ]
     return Section(
-        "Controls, each at its own best layer",
+        f"Controls at layer {state - 1}, chosen on the fitted pairs",
         rows,
         "odd: true but unusual; a direction of truth leaves odd > true at 0.5. surprise: mean "
-        "-ln p of the tokens, no direction. Of random and shuffled directions the mean over draws, "
-        "and the range of 95 % of them.",
+        "-ln p of the tokens, no direction. probe: logistic regression on the same pairs, what a line "
+        "could find. random, shuffled (labels and pairs): mean and 95 % range of the draws.",
     )
 
 
-_WORDS = {"random": "random", "shuffled": "shuffled labels", "surprise": "surprise"}
+def _told(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row is short enough news for a terminal; the table has them all."""
+    main = row["direction"] in (name, "probe", "surprise")
+    about_truth = (row["higher"], row["lower"]) == ("false", "true")
+    return (main and row["kind"] == ALL) or (about_truth and (main or row["kind"] == ALL))
 
 
 def _conditions(scores: pl.DataFrame, answers: pl.DataFrame) -> Section:
@@ -230,7 +244,8 @@ def _conditions(scores: pl.DataFrame, answers: pl.DataFrame) -> Section:
 def _condition(
     condition: str, verdict: str | None, values: pl.Series, interval: Any
 ) -> dict[str, Any]:
-    low, high = interval(values.to_numpy()) if values.len() else (None, None)
+    enough = values.len() >= FEWEST
+    low, high = interval(values.to_numpy()) if enough else (None, None)
     return {
         "answer": NAMES[condition] if verdict is None else f"generated, {verdict}",
         "n": values.len(),

@@ -207,7 +207,8 @@ def pool_answers(*, spec: ModelSpec, model: Ref, answers: Ref, pooling: str) -> 
 def fit_pair_directions(*, states: Ref, recipe: numerics.Recipe, draws: int, seed: int) -> Made:
     """The direction of every state from false answers minus true ones, and its controls.
 
-    Shuffled ones come from the same answers by the same recipe, their labels and pairs drawn.
+    `recipe` comes first, then the other recipes: whether another one would have found what it did
+    not. Shuffled ones come from the same answers by the same recipe, their labels and pairs drawn.
 
     Raises:
         PromptError: fewer than two pairs.
@@ -216,22 +217,25 @@ def fit_pair_directions(*, states: Ref, recipe: numerics.Recipe, draws: int, see
     n_states = frame["state"].n_unique()
     false, true = (_vectors(frame, name, n_states) for name in ("false", "true"))
     try:
-        found = [numerics.pair_directions(false, true, recipe=recipe, seed=seed)]
+        found = [
+            (name, numerics.pair_directions(false, true, recipe=name, seed=seed))
+            for name in sorted(numerics.RECIPES, key=lambda name: name != recipe)
+        ]
     except ValueError as error:
         raise PromptError(f"no direction from the pairs: {error}") from error
     for draw in range(draws):
         mixed = numerics.shuffled_pairs(false, true, seed=seed + draw)
-        found.append(numerics.pair_directions(*mixed, recipe=recipe, seed=seed + draw))
+        found.append((SHUFFLED, numerics.pair_directions(*mixed, recipe=recipe, seed=seed + draw)))
     rows = [
         {
-            "direction": SHUFFLED if number else "pairs",
-            "draw": max(number - 1, 0),
+            "direction": name,
+            "draw": max(number - len(numerics.RECIPES), 0),
             "state": state,
             "explained": one.explained[state],
             "fitted_right": one.right[state] / len(false),
             "vector": one.vectors[state].tolist(),
         }
-        for number, one in enumerate(found)
+        for number, (name, one) in enumerate(found)
         for state in range(n_states)
     ]
     return _directions(rows, draws, seed)
@@ -426,7 +430,8 @@ def compare_answers(
                 | compare.one(surprise[up], surprise[down], surprise[up], surprise[down])
             )
             for name, own in places.items():
-                if kind != ALL and len(own) > 1:
+                control = name in (RANDOM, SHUFFLED)
+                if control and (kind != ALL or (higher, lower) != COMPARISONS[0]):
                     continue
                 for state in range(n_states):
                     columns = [
@@ -438,7 +443,7 @@ def compare_answers(
                     rows.append(
                         named
                         | {"direction": name, "state": state, "draws": len(columns)}
-                        | compare.several(columns, single=len(own) == 1)
+                        | compare.several(columns, single=not control)
                     )
     return Made(pl.DataFrame(rows, schema=polars_schema(ACTIVITY_LAYERS)))
 
@@ -467,9 +472,9 @@ class _Comparer:
     def one(self, up: Array, down: Array, up_pooled: Array, down_pooled: Array) -> dict[str, Any]:
         """One direction: exact and bootstrap intervals."""
         right, n = int((up_pooled > down_pooled).sum()), len(up)
-        low, high = clopper_pearson(right, n)
+        pairs = clopper_pearson(right, n) if (up_pooled != down_pooled).any() else None
         ends = numerics.auroc_interval(up, down, resamples=self._resamples, seed=self._seed)
-        return _found(right, n, (low, high), numerics.auroc(up, down), ends)
+        return _found(right, n, pairs, numerics.auroc(up, down), ends)
 
     def several(
         self, columns: Sequence[tuple[Array, Array, Array, Array]], single: bool
@@ -481,23 +486,20 @@ class _Comparer:
             return {}
         right = np.array([(up > down).sum() for _, _, up, down in columns])
         found = np.array([numerics.auroc(up, down) for up, down, _, _ in columns])
-        n = len(columns[0][0])
-        low, high = np.quantile(right / n, [0.025, 0.975])
-        return _found(
-            float(right.mean()), n, (low, high), found.mean(), np.quantile(found, [0.025, 0.975])
-        )
+        n, tails = len(columns[0][0]), [0.025, 0.975]
+        tied = all((up == down).all() for _, _, up, down in columns)
+        pairs = None if tied else np.quantile(right / n, tails)
+        return _found(float(right.mean()), n, pairs, found.mean(), np.quantile(found, tails))
 
 
 def _found(right: float, n: int, pairs: Any, area: float, areas: Any) -> dict[str, Any]:
-    return {
-        "right": float(right),
-        "accuracy": float(right) / n,
-        "accuracy_low": float(pairs[0]),
-        "accuracy_high": float(pairs[1]),
-        "auroc": float(area),
-        "auroc_low": float(areas[0]),
-        "auroc_high": float(areas[1]),
-    }
+    """A row's numbers; `pairs` is None where every pair is a tie, as in a state that sees no more
+    than one token."""
+    found = {"auroc": float(area), "auroc_low": float(areas[0]), "auroc_high": float(areas[1])}
+    if pairs is None:
+        return found
+    ends = {"accuracy_low": float(pairs[0]), "accuracy_high": float(pairs[1])}
+    return found | {"right": float(right), "accuracy": float(right) / n} | ends
 
 
 def _tokens(table: pl.DataFrame, column: str) -> list[list[int]]:

@@ -86,7 +86,8 @@ def draw_activity(
     stem, form = file.rsplit(".", 1)
     told = _caption(direction, recipe, pooling)
     if stem == "activity-layers":
-        return Made(_layers(store.read(layers), direction, told, form))
+        name = recipe if direction == "pairs" else direction
+        return Made(_layers(store.read(layers), name, told, form))
     panels = _panels(store.read(scores), store.read(answers), example)
     if form == "html":
         return Made(_html(panels, told))
@@ -99,6 +100,7 @@ def _caption(direction: str, recipe: str, pooling: str) -> str:
         ("pairs", "pca"): f"first principal component of false-minus-true differences ({at}; LAT "
         "of RepE, arXiv 2310.01405)",
         ("pairs", "mean"): f"mean of false-minus-true differences ({at})",
+        ("pairs", "probe"): f"logistic regression on false-minus-true differences ({at})",
     }.get((direction, recipe), "refusal direction, difference of means of harmful and harmless")
     return (
         "S[l,t] = clip((<h[l,t], v_l> - m_l) / s_l, -2, 2); h: output of layer l at token t of the "
@@ -144,11 +146,13 @@ def _surfaces(panels: Sequence[_Panel], told: str, form: Any) -> bytes:
     from matplotlib.colors import Normalize
 
     shown = [panel for panel in panels if panel.condition in SHOWN]
-    figure = drawing.new_figure(4.4 * len(shown) + 0.6, 5.4)
+    width, height = 4.3 * len(shown) + 1.0, 5.0
+    figure = drawing.new_figure(width, height)
+    figure.set_layout_engine("none")  # it leaves 3-D axes too small and cuts their labels off
     norm = Normalize(-LIMIT, LIMIT)
-    places: list[Any] = []
     for number, panel in enumerate(shown):
-        axes: Any = figure.add_subplot(1, len(shown), number + 1, projection="3d")
+        left, wide = 4.3 * number / width, 4.1 / width
+        axes: Any = figure.add_axes((left, 0.1, wide, 0.72), projection="3d")
         x, y, z = _grid(panel.scores)
         axes.plot_surface(
             x, y, z, cmap=SURFACE_COLOURS, norm=norm, rcount=100, ccount=100,
@@ -156,20 +160,20 @@ def _surfaces(panels: Sequence[_Panel], told: str, form: Any) -> bytes:
         )  # fmt: skip
         axes.set_xlabel(AXES[0], fontsize=8)
         axes.set_ylabel(AXES[1], fontsize=8)
-        axes.set_zlabel(AXES[2], fontsize=8)
+        axes.set_zlabel(AXES[2], fontsize=8, labelpad=2)
         axes.set_zlim(-LIMIT, LIMIT)
         axes.set_zticks([-2, -1, 0, 1, 2])
         axes.tick_params(labelsize=7, pad=0)
-        axes.set_title(panel.title(52), fontsize=8, loc="center")
+        middle = left + wide / 2 + 0.1 / width
+        figure.text(middle, 0.985, panel.title(58), fontsize=8, ha="center", va="top")
         axes.view_init(elev=28, azim=-55)
-        axes.set_box_aspect((1.0, 1.15, 0.75), zoom=0.86)
-        places.append(axes)
-    bar = figure.colorbar(
-        ScalarMappable(norm, SURFACE_COLOURS), ax=places, shrink=0.55, pad=0.04, aspect=22
-    )
+        axes.set_box_aspect((1.0, 1.15, 0.75), zoom=0.95)
+    place = figure.add_axes((1 - 0.75 / width, 0.2, 0.15 / width, 0.52))
+    bar = figure.colorbar(ScalarMappable(norm, SURFACE_COLOURS), cax=place)
     bar.set_label(AXES[2], fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    drawing.caption(figure, told)
+    lines = textwrap.fill(told, int(width * 19))
+    figure.text(0.01, 0.015, lines, fontsize=7, color="#444444", va="bottom")
     return drawing.image(figure, form)
 
 
@@ -207,7 +211,7 @@ def _maps(panels: Sequence[_Panel], told: str, form: Any) -> bytes:
 
 def _layers(layers: pl.DataFrame, direction: str, told: str, form: Any) -> bytes:
     """Pair accuracy and AUROC by layer, with intervals and controls."""
-    figure = drawing.new_figure(9.6, 4.3)
+    figure = drawing.new_figure(9.6, 4.6)
     both = figure.subplots(1, 2, sharex=True)
     whole = layers.filter(pl.col("kind") == "all")
     for axes, measure, label in (
@@ -216,6 +220,8 @@ def _layers(layers: pl.DataFrame, direction: str, told: str, form: Any) -> bytes
     ):
         _curve(axes, whole, measure, direction, ("false", "true"), drawing.BLUE, "-", "o")
         _curve(axes, whole, measure, direction, ("odd", "true"), drawing.ORANGE, "--", "s")
+        if direction != "probe":
+            _curve(axes, whole, measure, "probe", ("false", "true"), "#000000", "--", "^")
         _curve(axes, whole, measure, "random", ("false", "true"), drawing.GREY, ":", "")
         _curve(axes, whole, measure, "shuffled", ("false", "true"), drawing.PURPLE, "-.", "")
         surprise = _of(whole, "surprise", ("false", "true"))
@@ -234,10 +240,10 @@ def _layers(layers: pl.DataFrame, direction: str, told: str, form: Any) -> bytes
     ticks = [0, *states[1::step]]
     both[0].set_xticks(ticks, ["E", *(str(state - 1) for state in ticks[1:])])
     n = int(whole["n"].max())  # type: ignore[arg-type]
-    figure.suptitle(f"{n} held-out questions; bands: 95 % intervals, of controls 95 % of draws",
-                    fontsize=9)  # fmt: skip
+    both[0].set_title(f"{n} held-out questions", fontsize=8, loc="left")
+    both[1].set_title("Bands: 95 % intervals; of controls, 95 % of draws", fontsize=8, loc="left")
     handles, labels = both[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7, frameon=False)
     drawing.caption(figure, told)
     return drawing.image(figure, form)
 
@@ -260,7 +266,11 @@ def _curve(
     rows = _of(layers, direction, pair).filter(pl.col(measure).is_not_null()).sort("state")
     if not rows.height:
         return
-    words = {"random": "random directions", "shuffled": "labels and pairs shuffled"}
+    words = {
+        "probe": "logistic regression",
+        "random": "random directions",
+        "shuffled": "labels and pairs shuffled",
+    }
     against = "true but unusual" if pair[0] == "odd" else pair[0]
     label = f"{words.get(direction, 'the direction')}, {against} against {pair[1]}"
     x = rows["state"].to_numpy()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -18,8 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from tasks.numerics.intervals import Interval
 
 Array = NDArray[np.float64]
-Recipe = Literal["pca", "mean"]
+Recipe = Literal["pca", "mean", "probe"]
+RECIPES: tuple[Recipe, ...] = ("pca", "mean", "probe")
 
+PROBE_C = 0.1  # inverse strength of the probe's L2 penalty, for differences of variance one
 LIMIT = 2.0  # of a score, standard deviations: the range of the seed's colour bar
 _ROUNDING = 1e-9  # of the largest state: what float32 states leave of a difference that is zero
 
@@ -47,7 +50,9 @@ def pair_directions(
 
     "pca": differences in an order drawn from `seed`, every second one negated, centred, and their
     first principal component; its sign is the one by which most pairs are right (a tie: by which
-    the mean difference is positive). "mean": the mean difference.
+    the mean difference is positive). "mean": the mean difference. "probe": the weights of a
+    logistic regression that tells differences from their negatives; what not even that finds on
+    other questions is not there to be found by a line.
 
     Args:
         false, true: [pairs, states, hidden], states of the two answers to one question.
@@ -55,7 +60,7 @@ def pair_directions(
     Raises:
         ValueError: shapes differ or are others, fewer than two pairs, or a value is not finite.
 
-    Source: "pca" is RepE's, arXiv 2310.01405; "mean" is for comparison.
+    Source: "pca" is RepE's, arXiv 2310.01405; the others are for comparison.
     """
     bad, good = _checked(false), _checked(true)
     if bad.shape != good.shape or bad.ndim != 3:
@@ -81,6 +86,8 @@ def _direction(differences: Array, signs: Array, recipe: Recipe) -> Array:
     mean = differences.mean(axis=0)
     if recipe == "mean":
         return unit_rows(mean)
+    if recipe == "probe":
+        return _probe(differences)
     signed = differences * signs[:, None]
     centred = signed - signed.mean(axis=0)
     if not np.abs(centred).max() > _ROUNDING * np.abs(differences).max():
@@ -89,6 +96,15 @@ def _direction(differences: Array, signs: Array, recipe: Recipe) -> Array:
     along = differences @ first
     majority = int(np.sign(along).sum())
     return -first if majority < 0 or (majority == 0 and first @ mean < 0) else first
+
+
+def _probe(differences: Array) -> Array:
+    from sklearn.linear_model import LogisticRegression
+
+    both = np.concatenate([differences, -differences]) / differences.std()
+    labels = np.repeat([1, 0], len(differences))
+    model = LogisticRegression(C=PROBE_C, fit_intercept=False, max_iter=1000).fit(both, labels)
+    return unit_rows(model.coef_[0])
 
 
 def _none(rows: Array) -> Array:
@@ -193,12 +209,20 @@ def auroc_interval(
     if up.ndim != 1 or up.shape != down.shape or not up.size:
         raise ValueError(f"questions need two values each, got {up.shape} and {down.shape}")
     beats = (up[:, None] > down) + 0.5 * (up[:, None] == down)
-    size = len(up)
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(size, np.full(size, 1 / size), size=resamples) / size
+    weights = _weights(len(up), resamples, seed)
     found = np.einsum("bi,bi->b", weights @ beats, weights)
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=16)
+def _weights(size: int, resamples: int, seed: int) -> Array:
+    """How much of each resample each question is: [resamples, size], rows sum to one."""
+    drawn = np.random.default_rng(seed).integers(size, size=(resamples, size))
+    cells = drawn + size * np.arange(resamples)[:, None]
+    counts = np.bincount(cells.ravel(), minlength=resamples * size)
+    found: Array = counts.reshape(resamples, size) / size
+    return found
 
 
 def verdict(answer: str, true: str, false: str) -> str:
