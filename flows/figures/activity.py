@@ -15,10 +15,8 @@ from flows.figures.figure import Figure, FigureRun, Section
 from tasks.activations import cache_activations
 from tasks.directions import compute_directions
 from tasks.figures.activity import (
-    ALL,
     FORCED,
     GENERATED,
-    compare_answers,
     encode_answers,
     fit_pair_directions,
     load_questions,
@@ -28,6 +26,7 @@ from tasks.figures.activity import (
     score_answers,
     take_refusal_directions,
 )
+from tasks.figures.activity_layers import ABOUT_TRUTH, ALL, compare_answers
 from tasks.figures.activity_pictures import FILES, NAMES, draw_activity
 from tasks.probe import probe_model
 from tasks.prompts import compare_splits, load_prompts
@@ -42,8 +41,10 @@ def run(config: FigureConfig) -> FigureRun:
     forced = [name for name in FORCED if name != "odd" or spec.odd]
     questions = _questions("questions", spec, spec.questions)
     neutral = _questions("neutral", spec, spec.neutral)
+    fitted = _fitted(spec)
+    compare_splits(prompts={**fitted, "neutral": neutral, "questions": questions})
     model = probe_model(spec=config.model, harmful=questions, harmless=questions)
-    directions = _directions(config, spec, model, {"neutral": neutral, "questions": questions})
+    directions = _directions(config, spec, model, fitted)
 
     def projected(name: str, asked: Ref, conditions: Sequence[str]) -> tuple[Ref, Ref]:
         answers = _answers(name, config, model, asked, conditions)
@@ -111,30 +112,33 @@ def _answers(
     )
 
 
-def _directions(
-    config: FigureConfig, spec: ActivitySpec, model: Ref, scored: Mapping[str, Ref]
-) -> Ref:
-    """The direction asked for, from prompts that are in none of the sets scored."""
-    draws, seed = spec.draws, config.seed
+def _fitted(spec: ActivitySpec) -> dict[str, Ref]:
+    """What the direction comes from: nothing that is scored may be in it."""
     if spec.direction == "pairs" and spec.pairs is not None:
-        pairs = _questions("pairs", spec, spec.pairs)
-        compare_splits(prompts={"pairs": pairs, **scored})
-        answers = _answers("pairs", config, model, pairs, ["true", "false"])
-        states = pool_answers(spec=config.model, model=model, answers=answers, pooling=spec.pooling)
-        return fit_pair_directions(states=states, recipe=spec.recipe, draws=draws, seed=seed)
+        return {"pairs": _questions("pairs", spec, spec.pairs)}
     sources = {"harmful": spec.harmful, "harmless": spec.harmless}
-    sets = {
+    return {
         name: load_prompts(prompt_class=name, split="direction", source=source)
         for name, source in sources.items()
         if source is not None
     }
-    compare_splits(prompts={**sets, **scored})
+
+
+def _directions(
+    config: FigureConfig, spec: ActivitySpec, model: Ref, fitted: Mapping[str, Ref]
+) -> Ref:
+    """The direction asked for and its controls."""
+    given = {"draws": spec.draws, "seed": config.seed}
+    if spec.direction == "pairs":
+        answers = _answers("pairs", config, model, fitted["pairs"], ["true", "false"])
+        states = pool_answers(spec=config.model, model=model, answers=answers, pooling=spec.pooling)
+        return fit_pair_directions(states=states, recipe=spec.recipe, **given)
     cached = {
         name: cache_activations(name=f"{name}/direction", spec=config.model, model=model, prompts=p)
-        for name, p in sets.items()
+        for name, p in fitted.items()
     }
     found = compute_directions(**cached, winsorization=1.0, benign_subspace_rank=0)
-    return take_refusal_directions(directions=found, **cached, draws=draws, seed=seed)
+    return take_refusal_directions(directions=found, **cached, **given)
 
 
 def sections(store: Store, found: FigureRun) -> Sequence[Section]:
@@ -207,15 +211,15 @@ def _controls(layers: pl.DataFrame, name: str, state: int) -> Section:
         f"Controls at layer {state - 1}, chosen on the fitted pairs",
         rows,
         "odd: true but unusual; a direction of truth leaves odd > true at 0.5. surprise: mean "
-        "-ln p of the tokens, no direction. probe: logistic regression on the same pairs, what a line "
-        "could find. random, shuffled (labels and pairs): mean and 95 % range of the draws.",
+        "-ln p of the tokens, no direction. probe: logistic regression on the same pairs, what a "
+        "line could find. random, shuffled (labels and pairs): mean and 95 % range of the draws.",
     )
 
 
 def _told(row: Mapping[str, Any], name: str) -> bool:
     """Whether a row is short enough news for a terminal; the table has them all."""
     main = row["direction"] in (name, "probe", "surprise")
-    about_truth = (row["higher"], row["lower"]) == ("false", "true")
+    about_truth = (row["higher"], row["lower"]) == ABOUT_TRUTH
     return (main and row["kind"] == ALL) or (about_truth and (main or row["kind"] == ALL))
 
 

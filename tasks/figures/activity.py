@@ -16,7 +16,6 @@ from artifacts.errors import ModelError, PromptError
 from artifacts.figure_schemas import (
     ACTIVITY_ANSWERS,
     ACTIVITY_DIRECTIONS,
-    ACTIVITY_LAYERS,
     ACTIVITY_QUESTIONS,
     ACTIVITY_SCALES,
     ACTIVITY_SCORES,
@@ -26,7 +25,6 @@ from artifacts.specs import ModelSpec, PromptSource
 from artifacts.store import Ref
 from tasks.activations import read_residuals
 from tasks.numerics import activity as numerics
-from tasks.numerics.intervals import clopper_pearson
 from tasks.probe import encode_prompts, open_model, read_card
 from tasks.prompt_sources import prompt_id, read_cells, source_identity
 from tasks.stage import Made, current, stage
@@ -39,9 +37,7 @@ if TYPE_CHECKING:
 Array = numerics.Array
 FORCED = ("true", "false", "odd")
 GENERATED = "generated"
-COMPARISONS = (("false", "true"), ("odd", "true"), ("false", "odd"))
-RANDOM, SHUFFLED, SURPRISE = "random", "shuffled", "surprise"
-ALL = "all"
+RANDOM, SHUFFLED = "random", "shuffled"
 
 
 @stage(
@@ -217,7 +213,7 @@ def fit_pair_directions(*, states: Ref, recipe: numerics.Recipe, draws: int, see
     n_states = frame["state"].n_unique()
     false, true = (_vectors(frame, name, n_states) for name in ("false", "true"))
     try:
-        found = [
+        found: list[tuple[str, numerics.PairDirections]] = [
             (name, numerics.pair_directions(false, true, recipe=name, seed=seed))
             for name in sorted(numerics.RECIPES, key=lambda name: name != recipe)
         ]
@@ -339,7 +335,7 @@ def scale_neutral(*, projections: Ref, directions: Ref) -> Made:
     Raises:
         PromptError: the neutral set has fewer than two tokens.
     """
-    products = _products(current().store.read(projections))
+    products = products_of(current().store.read(projections))
     try:
         mean, deviation = numerics.neutral_scale(products)
     except ValueError as error:
@@ -364,7 +360,7 @@ def score_answers(*, projections: Ref, scales: Ref, answers: Ref) -> Made:
     store = current().store
     frame, scale = store.read(projections), _first(store.read(scales))
     kinds = store.read(answers, ["question", "kind"]).unique()
-    products = _products(frame)[..., 0]
+    products = products_of(frame)[..., 0]
     scores = numerics.activity_scores(products, scale["mean"], scale["deviation"])
     if np.isnan(scores).all():
         raise ModelError("no state has a score: the direction, or neutral text along it, is nil")
@@ -379,129 +375,6 @@ def score_answers(*, projections: Ref, scales: Ref, answers: Ref) -> Made:
     )
 
 
-@stage("activity_layers", version=1, label=lambda **_: "what the scores tell apart, and controls")
-def compare_answers(
-    *,
-    projections: Ref,
-    scales: Ref,
-    answers: Ref,
-    pooling: str,
-    resamples: int,
-    seed: int,
-) -> Made:
-    """Pair accuracy and AUROC of every state, of the direction, its controls, and surprise.
-
-    A pair is right if the projection of `higher`, pooled as the pairs were, exceeds that of
-    `lower`. The AUROC is of the answers' mean scores.
-    """
-    store = current().store
-    frame, scale = store.read(projections), store.read(scales)
-    products = _products(frame)
-    n_states, n_directions = products.shape[1:]
-    mean, deviation = (
-        scale[name].to_numpy().reshape(n_directions, n_states).T for name in ("mean", "deviation")
-    )
-    table = store.read(answers, ["question", "condition", "kind", "n_tokens"])
-    starts = np.concatenate([[0], np.cumsum(table["n_tokens"].to_numpy())[:-1]])
-    counts = table["n_tokens"].to_numpy()
-
-    def averaged(values: Array) -> Array:
-        shape = (-1, *[1] * (values.ndim - 1))
-        total: Array = np.add.reduceat(values, starts, axis=0)
-        return total / counts.reshape(shape)
-
-    scored = averaged(numerics.activity_scores(products, mean, deviation))
-    pooled = products[starts + counts - 1] if pooling == "last" else averaged(products)
-    surprise = averaged(frame.filter(pl.col("state") == 0)["surprise"].to_numpy())
-    names = scale.filter(pl.col("state") == 0)["direction"].to_list()
-    places = {
-        name: [at for at, other in enumerate(names) if other == name]
-        for name in dict.fromkeys(names)
-    }
-    compare = _Comparer(table, resamples, seed)
-    rows = []
-    for higher, lower in compare.possible():
-        for kind in (ALL, *compare.kinds):
-            up, down = compare.rows_of(higher, kind), compare.rows_of(lower, kind)
-            named = {"higher": higher, "lower": lower, "kind": kind, "n": len(up)}
-            rows.append(
-                named
-                | {"direction": SURPRISE, "state": None, "draws": 1}
-                | compare.one(surprise[up], surprise[down], surprise[up], surprise[down])
-            )
-            for name, own in places.items():
-                control = name in (RANDOM, SHUFFLED)
-                if control and (kind != ALL or (higher, lower) != COMPARISONS[0]):
-                    continue
-                for state in range(n_states):
-                    columns = [
-                        (scored[up, state, at], scored[down, state, at],
-                         pooled[up, state, at], pooled[down, state, at])
-                        for at in own
-                        if deviation[state, at] > 0
-                    ]  # fmt: skip
-                    rows.append(
-                        named
-                        | {"direction": name, "state": state, "draws": len(columns)}
-                        | compare.several(columns, single=not control)
-                    )
-    return Made(pl.DataFrame(rows, schema=polars_schema(ACTIVITY_LAYERS)))
-
-
-class _Comparer:
-    """Compares two answers to the same questions."""
-
-    def __init__(self, table: pl.DataFrame, resamples: int, seed: int) -> None:
-        self._table = table.with_row_index("at")
-        self._resamples, self._seed = resamples, seed
-        kinds = sorted(set(table["kind"]))
-        self.kinds = kinds if len(kinds) > 1 else []
-
-    def possible(self) -> list[tuple[str, str]]:
-        """The comparisons whose conditions are there."""
-        there = set(self._table["condition"])
-        return [pair for pair in COMPARISONS if there.issuperset(pair)]
-
-    def rows_of(self, condition: str, kind: str) -> NDArray[np.int64]:
-        """The places of a condition's answers, by question."""
-        chosen = self._table.filter(pl.col("condition") == condition).sort("question")
-        if kind != ALL:
-            chosen = chosen.filter(pl.col("kind") == kind)
-        return chosen["at"].cast(pl.Int64).to_numpy()
-
-    def one(self, up: Array, down: Array, up_pooled: Array, down_pooled: Array) -> dict[str, Any]:
-        """One direction: exact and bootstrap intervals."""
-        right, n = int((up_pooled > down_pooled).sum()), len(up)
-        pairs = clopper_pearson(right, n) if (up_pooled != down_pooled).any() else None
-        ends = numerics.auroc_interval(up, down, resamples=self._resamples, seed=self._seed)
-        return _found(right, n, pairs, numerics.auroc(up, down), ends)
-
-    def several(
-        self, columns: Sequence[tuple[Array, Array, Array, Array]], single: bool
-    ) -> dict[str, Any]:
-        """All draws of a control: means, and the range that 95 % of the draws lie in."""
-        if single and columns:
-            return self.one(*columns[0])
-        if not columns:
-            return {}
-        right = np.array([(up > down).sum() for _, _, up, down in columns])
-        found = np.array([numerics.auroc(up, down) for up, down, _, _ in columns])
-        n, tails = len(columns[0][0]), [0.025, 0.975]
-        tied = all((up == down).all() for _, _, up, down in columns)
-        pairs = None if tied else np.quantile(right / n, tails)
-        return _found(float(right.mean()), n, pairs, found.mean(), np.quantile(found, tails))
-
-
-def _found(right: float, n: int, pairs: Any, area: float, areas: Any) -> dict[str, Any]:
-    """A row's numbers; `pairs` is None where every pair is a tie, as in a state that sees no more
-    than one token."""
-    found = {"auroc": float(area), "auroc_low": float(areas[0]), "auroc_high": float(areas[1])}
-    if pairs is None:
-        return found
-    ends = {"accuracy_low": float(pairs[0]), "accuracy_high": float(pairs[1])}
-    return found | {"right": float(right), "accuracy": float(right) / n} | ends
-
-
 def _tokens(table: pl.DataFrame, column: str) -> list[list[int]]:
     return [[int(token) for token in text.split()] for text in table[column]]
 
@@ -510,7 +383,8 @@ def _vectors(frame: pl.DataFrame, condition: str, n_states: int) -> Array:
     """States [answers, states, hidden] of a condition, by question."""
     chosen = frame.filter(pl.col("condition") == condition).sort("question", "state")
     flat = chosen["vector"].to_numpy()
-    return flat.reshape(-1, n_states, flat.shape[-1]).astype(np.float64)
+    found: Array = flat.reshape(-1, n_states, flat.shape[-1]).astype(np.float64)
+    return found
 
 
 def _direction_array(frame: pl.DataFrame) -> Array:
@@ -520,11 +394,12 @@ def _direction_array(frame: pl.DataFrame) -> Array:
     return flat.reshape(-1, n_states, flat.shape[-1])
 
 
-def _products(frame: pl.DataFrame) -> Array:
+def products_of(frame: pl.DataFrame) -> Array:
     """Projections [tokens, states, directions] in the table's order."""
     flat = frame["projections"].to_numpy()
     n_states = frame["state"].n_unique()
-    return flat.reshape(-1, n_states, flat.shape[-1]).astype(np.float64)
+    found: Array = flat.reshape(-1, n_states, flat.shape[-1]).astype(np.float64)
+    return found
 
 
 def _first(scales: pl.DataFrame) -> dict[str, Array]:

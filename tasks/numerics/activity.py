@@ -115,7 +115,8 @@ def unit_rows(vectors: ArrayLike) -> Array:
     """Vectors [..., hidden] of length one; zero ones stay zero."""
     found = np.asarray(vectors, dtype=np.float64)
     norms = np.linalg.norm(found, axis=-1, keepdims=True)
-    return np.divide(found, norms, out=np.zeros_like(found), where=norms > 0)
+    units: Array = np.divide(found, norms, out=np.zeros_like(found), where=norms > 0)
+    return units
 
 
 def random_directions(draws: int, states: int, hidden: int, seed: int) -> Array:
