@@ -579,7 +579,7 @@ def test_another_example_draws_again_and_measures_nothing(made: Any) -> None:
     assert {step.kind for step in steps if not step.cached} == {"pictures"}
     with (
         running(Runtime(store)),
-        pytest.raises(ConfigError, match="activity.example is '8', but questions go from 0 to 7"),
+        pytest.raises(ConfigError, match="is '8', but questions go from 0 to 7"),
     ):
         FIGURE.run(asked[2])
 

@@ -128,17 +128,17 @@ def _directions(
     config: FigureConfig, spec: ActivitySpec, model: Ref, fitted: Mapping[str, Ref]
 ) -> Ref:
     """The direction asked for and its controls."""
-    given = {"draws": spec.draws, "seed": config.seed}
+    draws, seed = spec.draws, config.seed
     if spec.direction == "pairs":
         answers = _answers("pairs", config, model, fitted["pairs"], ["true", "false"])
         states = pool_answers(spec=config.model, model=model, answers=answers, pooling=spec.pooling)
-        return fit_pair_directions(states=states, recipe=spec.recipe, **given)
+        return fit_pair_directions(states=states, recipe=spec.recipe, draws=draws, seed=seed)
     cached = {
         name: cache_activations(name=f"{name}/direction", spec=config.model, model=model, prompts=p)
         for name, p in fitted.items()
     }
     found = compute_directions(**cached, winsorization=1.0, benign_subspace_rank=0)
-    return take_refusal_directions(directions=found, **cached, **given)
+    return take_refusal_directions(directions=found, **cached, draws=draws, seed=seed)
 
 
 def sections(store: Store, found: FigureRun) -> Sequence[Section]:
