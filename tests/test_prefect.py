@@ -157,3 +157,30 @@ def test_the_command_line_goes_through_a_configured_server(
     )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["leaderboard"]) == 2  # though the study holds 4 by now
+
+
+def test_a_figure_is_a_flow_run_with_its_picture_and_tables_in_the_ui(
+    server: dict[str, str], tmp_path: Path
+) -> None:
+    config = tmp_path / "few.toml"
+    place = 'source = "organism/{}.jsonl", column = "text", split = "train[:4]"'.format
+    config.write_text(
+        'name = "few"\n[model]\nid = "organism"\ndtype = ["float32"]\nresponse_prefix = ""\n'
+        "[heads]\ngroup = 1\ndraws = 1\nresamples = 20\nmax_new_tokens = 2\n"
+        f"harmless = {{ {place('harmless-test')} }}\nheldout = {{ {place('harmful-search')} }}\n"
+        f"[heads.prompts]\ntest = {{ {place('harmful-test')} }}\n"
+    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows", "heads", str(config), "--format", "json"],
+            env=server,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["config"] == "few"
+    shown = {(a["key"], a["type"]) for a in api(server, "/artifacts/filter")}
+    assert {("few-heads-heads", "image"), ("few-heads-0", "table")} <= shown
+    runs = [run for run in api(server, "/flow_runs/filter") if run["name"] == "few"]
+    assert [run["state_type"] for run in runs] == ["COMPLETED"], "the second time all was stored"
