@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from artifacts.errors import ModelError
-from tasks.models.anatomy import hidden
 from tasks.models.batching import by_length, pad_left, require_tokens
+from tasks.models.state_hooks import every_state
 
 if TYPE_CHECKING:
     from tasks.models.loading import LoadedModel
@@ -156,19 +156,8 @@ def _reduced(layers: Sequence[nn.Module], reduce: Reduce) -> Iterator[list[Tenso
     def keep(state: Tensor) -> None:
         states.append(reduce(state).to("cpu", torch.float32, copy=True))
 
-    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else kwargs["hidden_states"])
-
-    def leaving(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(hidden(output))
-
-    handles = [layers[0].register_forward_pre_hook(entering, with_kwargs=True)]
-    handles += [layer.register_forward_hook(leaving) for layer in layers]
-    try:
+    with every_state(layers, keep):
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _require_finite(values: npt.NDArray[np.floating], prompt: int) -> None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from artifacts.errors import ModelError
-from tasks.models.anatomy import hidden
 from tasks.models.batching import by_length, pad_left, require_tokens
 from tasks.models.rendering import encode
+from tasks.models.state_hooks import every_state
 
 if TYPE_CHECKING:
     from tasks.models.loading import LoadedModel
@@ -236,19 +236,8 @@ def _reduced(layers: Sequence[nn.Module], mask: Tensor, reduce: Reduce) -> Itera
         last = state[:, -mask.shape[1] :].float()
         states.append(reduce(len(states), last, mask.to(last.device)).clone())
 
-    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else kwargs["hidden_states"])
-
-    def leaving(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(hidden(output))
-
-    handles = [layers[0].register_forward_pre_hook(entering, with_kwargs=True)]
-    handles += [layer.register_forward_hook(leaving) for layer in layers]
-    try:
+    with every_state(layers, keep):
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _require_finite(states: list[Tensor], batch: Sequence[int], lengths: Tensor) -> None:
