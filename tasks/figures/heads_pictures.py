@@ -138,7 +138,7 @@ def _map_caption(found: pl.DataFrame, top: int) -> str:
 
 def _hover_map(found: pl.DataFrame, top: int) -> Any:
     """The map with every number of a head where the pointer is."""
-    from plotly.graph_objects import Heatmap
+    from plotly.graph_objects import Heatmap, Scatter
     from plotly.subplots import make_subplots
 
     shape, names = _shape(found), found["set"].unique(maintain_order=True).to_list()
@@ -167,6 +167,16 @@ def _hover_map(found: pl.DataFrame, top: int) -> Any:
                 colorbar={"title": "degrees", **place},
             )
             figure.add_trace(heat, row=row + 1, col=column + 1)
+            best = part.filter(pl.col("angle_rank") <= top)
+            dots = Scatter(
+                x=best["layer"].to_list(),
+                y=best["head"].to_list(),
+                mode="markers",
+                marker={"color": "white", "size": 7, "line": {"color": "black", "width": 1}},
+                hoverinfo="skip",
+                showlegend=False,
+            )
+            figure.add_trace(dots, row=row + 1, col=column + 1)
     figure.update_xaxes(title_text="Layer", dtick=max(1, shape[0] // 8))
     figure.update_yaxes(title_text="Head", dtick=max(1, shape[1] // 8))
     figure.update_layout(height=340 * len(ablations) + 60, margin={"t": 50})

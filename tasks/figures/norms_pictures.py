@@ -203,17 +203,19 @@ def _page(rows: Mapping[str, Mapping[str, Panel]], sizes: Mapping[str, str], nam
     )
     for line, panels in enumerate(rows.values(), start=1):
         for column, name_of in enumerate(PANELS, start=1):
-            figure.add_trace(
-                _trace(panels[name_of], name_of, line, column, len(rows)), line, column
-            )
+            across = figure.get_subplot(line, column).yaxis.domain
+            figure.add_trace(_trace(panels[name_of], name_of, column, across), line, column)
             figure.update_xaxes(title_text="token position", row=line, col=column)
         figure.update_yaxes(title_text="layer (state)", row=line, col=1)
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(title=name, height=130 + 320 * len(rows), template="plotly_white")
+    figure.update_layout(plot_bgcolor=BLANK)
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False)
     return figure
 
 
-def _trace(panel: Panel, name: str, line: int, column: int, lines: int) -> Any:
+def _trace(panel: Panel, name: str, column: int, across: tuple[float, float]) -> Any:
     from plotly.graph_objects import Heatmap
 
     n_states, width = panel.values.shape
@@ -231,10 +233,10 @@ def _trace(panel: Panel, name: str, line: int, column: int, lines: int) -> Any:
         hovertemplate="state %{y}, position %{customdata[0]}<br>%{z:.3f} nats, "
         "n = %{customdata[1]}<extra></extra>",
         colorbar={
-            "len": 0.8 / lines,
+            "len": across[1] - across[0],
             "thickness": 10,
             "x": (0.27, 0.635, 1.0)[column - 1],
-            "y": 1 - (line - 0.5) / lines,
+            "y": (across[0] + across[1]) / 2,
         },
     )
 
