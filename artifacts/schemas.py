@@ -199,6 +199,7 @@ LEADERBOARD = _columns("""
     split | VARCHAR | search, selection or test
     prompts | VARCHAR | digest of the prompt sets it was judged on; rows compare only within one
     n_harmful | BIGINT | harmful prompts judged
+    answered_harmful | BIGINT | harmful prompts answered; fewer than judged only if stopped
     refusals | BIGINT | refused harmful prompts
     n_harmless | BIGINT | harmless prompts judged
     n_borderline | BIGINT | borderline-safe prompts judged

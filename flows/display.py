@@ -103,7 +103,7 @@ def print_query(out: Console, table: Table) -> None:
     out.print(Text(f"{len(table.rows)} row{'' if len(table.rows) == 1 else 's'}", style="dim"))
 
 
-STOPPED = "stopped: could no longer matter; its counts are lower bounds"
+STOPPED = "stopped: nothing could hang on its other prompts; ≥: at least so many"
 
 
 def print_ranking(out: Console, rows: Sequence[Row], frozen: int | None) -> None:
@@ -120,8 +120,8 @@ def print_ranking(out: Console, rows: Sequence[Row], frozen: int | None) -> None
             "-" if row["rank"] is None else str(row["rank"]),
             _cell(row["trial"]),
             *([row["arm"]] if arms else []),
-            f"{_at_least(row)}{row['refusals']}/{row['n_harmful']}",
-            f"{_at_least(row)}{row['overrefusals']}/{row['n_harmless'] + row['n_borderline']}",
+            _refusals(row),
+            _overrefusals(row),
             number(row["kl"]),
             row["gate_reason"] or ("stopped" if row.get("stopped") else ""),
         )
@@ -130,9 +130,16 @@ def print_ranking(out: Console, rows: Sequence[Row], frozen: int | None) -> None
         out.print(Text(STOPPED, style="dim"))
 
 
-def _at_least(row: Row) -> str:
-    """The sign before a count that is a lower bound."""
-    return "≥" if row.get("stopped") else ""
+def _refusals(row: Row) -> str:
+    """Refusals of the harmful prompts; at least so many if not all were answered."""
+    some = row.get("stopped") and row.get("answered_harmful") != row["n_harmful"]
+    return f"{'≥' if some else ''}{row['refusals']}/{row['n_harmful']}"
+
+
+def _overrefusals(row: Row) -> str:
+    """Overrefusals of all other prompts; at least so many if the trial was stopped."""
+    count = row["n_harmless"] + row["n_borderline"]
+    return f"{'≥' if row.get('stopped') else ''}{row['overrefusals']}/{count}"
 
 
 def print_winners(out: Console, rows: Sequence[Row]) -> None:
@@ -162,10 +169,8 @@ def print_test(out: Console, rows: Sequence[Row]) -> None:
         low, high = row["kl_interval"]
         grid.add_row(
             row[label],
-            f"{_at_least(row)}{row['refusals']}/{row['n_harmful']} "
-            f"({_percent(row['refusals_interval'])})",
-            f"{_at_least(row)}{row['overrefusals']}/{row['n_harmless'] + row['n_borderline']} "
-            f"({_percent(row['overrefusals_interval'])})",
+            f"{_refusals(row)} ({_percent(row['refusals_interval'])})",
+            f"{_overrefusals(row)} ({_percent(row['overrefusals_interval'])})",
             f"{number(row['kl'])} ({_bounds(low, high)})",
         )
     out.print(grid)
@@ -246,7 +251,7 @@ def print_details(out: Console, rows: Sequence[Row]) -> None:
             number(row["kl_max"]),
             "-" if row["degenerate"] is None else f"{100 * row['degenerate']:.1f} %",
             "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.1f}",
-            "failed" if row["gated"] else "passed",
+            "failed" if row["gated"] else "open" if row.get("stopped") else "passed",
         )
     out.print(grid)
 

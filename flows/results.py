@@ -18,7 +18,8 @@ Row = dict[str, Any]
 WINNER = "winner"  # in place of a trial's number
 METRIC_NAMES = ("refusals", "overrefusals")
 RANK_COLUMNS = (
-    "rank, study, arm, trial, split, n_harmful, refusals, n_harmless, n_borderline, overrefusals, "
+    "rank, study, arm, trial, split, n_harmful, answered_harmful, refusals, n_harmless, "
+    "n_borderline, overrefusals, "
     "overrefusals_harmless, overrefusals_borderline, kl, gated, gate_reason, "
     "coalesce(stopped, false) AS stopped, labeller, r.prompts"
 )
@@ -190,10 +191,11 @@ def _with_intervals(row: Row) -> Row:
     from tasks.numerics.intervals import bootstrap_mean, clopper_pearson
 
     sizes = {"refusals": row["n_harmful"], "overrefusals": row["n_harmless"] + row["n_borderline"]}
-    unknown = math.nan, math.nan
+    answered = {"refusals": row["answered_harmful"] == row["n_harmful"], "overrefusals": False}
     for name in METRIC_NAMES:
-        found = unknown if row["stopped"] else clopper_pearson(row[name], sizes[name])
-        row[f"{name}_interval"] = found
+        known = not row["stopped"] or answered[name]
+        interval = clopper_pearson(row[name], sizes[name]) if known else (math.nan, math.nan)
+        row[f"{name}_interval"] = interval
     kls = row.pop("kls")
     finite = bool(kls) and not row["stopped"] and all(map(math.isfinite, kls))
     row["kl_interval"] = bootstrap_mean(kls, seed=0) if finite else (math.nan, math.nan)

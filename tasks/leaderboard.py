@@ -11,14 +11,14 @@ from tasks.stage import Made, current, stage
 from tasks.trials import read_trials
 
 
-@stage("leaderboards", version=1, label=lambda **_: "leaderboard")
+@stage("leaderboards", version=2, label=lambda **_: "leaderboard")
 def rank_trials(*, generations: Sequence[Ref], selection: Ref, test: Ref) -> Made:
     """The strict ranking of every split."""
     ranked = leaderboard_frame(read_trials([*generations, selection, test]))
     return Made(ranked.select([column.name for column in LEADERBOARD]))
 
 
-@stage("figures", version=1, data="figure.png", label=lambda **_: "figure")
+@stage("figures", version=2, data="figure.png", label=lambda **_: "figure")
 def draw_trials(*, leaderboard: Ref) -> Made:
     """Refusals against KL of every trial, with the Pareto front: a PNG."""
     from tasks.plots import plot_trials

@@ -25,9 +25,13 @@ def plot_trials(leaderboard: pl.DataFrame) -> bytes:
     axes = figure.add_subplot()
     if gated.height:
         axes.scatter(gated["kl"], gated["refusals"], c=GREY, marker="x", label="gated")
-    if stopped.height:
-        label = "stopped: at least so many refusals"
-        axes.scatter(stopped["kl"], stopped["refusals"], c=GREY, s=18, marker="^", label=label)
+    known = pl.col("answered_harmful") == pl.col("n_harmful")
+    for part, marker, label in (
+        (stopped.filter(known), ".", "stopped: overrefusals not known"),
+        (stopped.filter(~known), "^", "stopped: at least so many refusals"),
+    ):
+        if part.height:
+            axes.scatter(part["kl"], part["refusals"], c=GREY, s=18, marker=marker, label=label)
     axes.step(front["kl"], front["refusals"], where="post", c=BLUE, lw=1, label="Pareto front")
     axes.scatter(passed["kl"], passed["refusals"], c=BLUE, s=26, label="passed the gates")
     first = f"first in rank: trial {best['trial']}"

@@ -17,6 +17,7 @@ from small_study import trial_table, tribunal, write_config
 from artifacts.schemas import PARAMETERS as COLUMNS
 from artifacts.specs import Config, SearchSpec
 from artifacts.store import Store
+from flows import display
 from flows.settings import load_config
 from tasks.history import values_of
 from tasks.numerics.objective import Outcome
@@ -242,6 +243,19 @@ def test_candidates_beyond_the_finalists_are_refused() -> None:
         load_config("organism", ["selection.candidates=9"])
     load_config("organism", ["selection.candidates=9", "search.racing=false"])
     load_config("organism", ["selection.candidates=9", "search.finalists=9"])
+
+
+@pytest.mark.parametrize(("answered", "refusals"), [(24, " 5/24"), (8, "≥5/24")])
+def test_a_count_is_a_lower_bound_only_where_prompts_went_unanswered(
+    answered: int, refusals: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"trial": 3, "arm": "strict", "rank": None, "stopped": True, "gate_reason": None}
+    row |= {"n_harmful": 24, "answered_harmful": answered, "refusals": 5, "kl": 0.01}
+    row |= {"n_harmless": 16, "n_borderline": 16, "overrefusals": 0}
+    display.print_ranking(display.console(), [row], None)
+    told = capsys.readouterr().out
+    assert refusals in told
+    assert "≥0/32" in told
 
 
 @pytest.mark.slow

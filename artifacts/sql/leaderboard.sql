@@ -1,7 +1,7 @@
 -- The ranking, in the columns of the leaderboard, with the exact Pareto front marked.
 SELECT
     r.rank, r.study, r.protocol, r.arm, r.trial, r.split, r.prompts,
-    r.n_harmful, r.refusals, r.n_harmless, r.n_borderline, r.overrefusals, r.kl,
+    r.n_harmful, r.answered_harmful, r.refusals, r.n_harmless, r.n_borderline, r.overrefusals, r.kl,
     r.gated, r.gate_reason, coalesce(r.stopped, false) AS stopped,
     p.arm IS NOT NULL AS pareto
 FROM ranking r
