@@ -26,7 +26,7 @@ from artifacts.errors import ConfigError, ModelError, PromptError
 from artifacts.figure_schemas import FIGURES
 from artifacts.places import WORKSHOPS
 from artifacts.store import Store
-from flows.figures.activity import FIGURE
+from flows.figures.activity import FIGURE, mean_scores
 from flows.figures.config import load_figure_config
 from tasks.figures.activity_pictures import FILES
 from tasks.models.anatomy import anatomy
@@ -558,6 +558,18 @@ def test_a_warm_run_loads_no_torch_and_says_the_same(made: Any) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == answer
     assert not list((store.root / WORKSHOPS).glob("*activity*"))
+
+
+@few
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=60), st.randoms())
+def test_mean_scores_are_the_same_in_any_order_of_rows(values: list[float], random: Any) -> None:
+    rows = [
+        {"question": i % 2, "condition": "true", "state": 1, "score": v}
+        for i, v in enumerate(values)
+    ]
+    shuffled = random.sample(rows, len(rows))
+    assert mean_scores(pl.DataFrame(shuffled)).equals(mean_scores(pl.DataFrame(rows)))
+    assert mean_scores(pl.DataFrame(rows))["score"][0] == pytest.approx(np.mean(values[::2]), abs=1e-9)
 
 
 def test_the_table_fits_a_terminal(made: Any) -> None:

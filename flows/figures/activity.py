@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -227,9 +228,8 @@ def _conditions(scores: pl.DataFrame, answers: pl.DataFrame) -> Section:
     """The mean score of each condition; what is forced and what is generated stay apart."""
     from tasks.numerics.intervals import bootstrap_mean
 
-    own = scores.filter(pl.col("state") > 0).group_by("question", "condition")
-    means = own.agg(pl.col("score").mean()).sort("question", "condition")
-    table = means.join(answers, on=["question", "condition"], how="left")
+    keys = ["question", "condition"]
+    table = mean_scores(scores).join(answers, on=keys, how="left", maintain_order="left")
     rows = []
     for condition in CONDITIONS:
         part = table.filter(pl.col("condition") == condition)
@@ -243,6 +243,15 @@ def _conditions(scores: pl.DataFrame, answers: pl.DataFrame) -> Section:
         "forced: the model reads an answer; generated: it wrote it, greedily. A forced false "
         "answer and a generated false one (a lie or an error) are different conditions.",
     )
+
+
+def mean_scores(scores: pl.DataFrame) -> pl.DataFrame:
+    """Each answer's mean score over layers and tokens, the same whatever order the rows come in:
+    polars' own mean adds up as its threads come, and a warm run says what the cold one said."""
+    answers = scores.filter(pl.col("state") > 0).group_by("question", "condition").agg("score")
+    means = [math.fsum(values) / len(values) for values in answers["score"].to_list()]
+    own = answers.with_columns(score=pl.Series(means, dtype=pl.Float64))
+    return own.sort("question", "condition")
 
 
 def _condition(
