@@ -569,7 +569,9 @@ def test_mean_scores_are_the_same_in_any_order_of_rows(values: list[float], rand
     ]
     shuffled = random.sample(rows, len(rows))
     assert mean_scores(pl.DataFrame(shuffled)).equals(mean_scores(pl.DataFrame(rows)))
-    assert mean_scores(pl.DataFrame(rows))["score"][0] == pytest.approx(np.mean(values[::2]), abs=1e-9)
+    assert mean_scores(pl.DataFrame(rows))["score"][0] == pytest.approx(
+        np.mean(values[::2]), abs=1e-9
+    )
 
 
 def test_the_table_fits_a_terminal(made: Any) -> None:
