@@ -8,12 +8,14 @@ same views in a file for any DuckDB client.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,14 +49,30 @@ class Table:
 
 
 @contextmanager
-def catalog(store: Store) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with every view, trusted: for our own queries."""
+def catalog(store: Store, *queries: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection, trusted: for our own queries.
+
+    Args:
+        queries: those that will be asked: only the views they name are made; every view if none is
+            given. DuckDB opens the files below a view when it is made, so all take four times as
+            long as a few.
+    """
     connection = duckdb.connect(":memory:")
     try:
-        _create_views(connection, store, glob=False)
+        _create_views(connection, store, glob=False, queries=queries)
         yield connection
     finally:
         connection.close()
+
+
+def ask(store: Store, sql: str, values: Sequence[Any] = ()) -> Table:
+    """The answer to one of our own queries.
+
+    Raises:
+        QueryError: a file of the store cannot be read.
+    """
+    with catalog(store, sql) as connection:
+        return fetch(connection, sql, values)
 
 
 def query_text(name: str) -> str:
@@ -150,8 +168,11 @@ def _over_trials(trials: pl.DataFrame, sql: str) -> pl.DataFrame:
         connection.close()
 
 
-def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: bool) -> None:
-    """All views; with `glob`, such that they also show what is put later.
+def _create_views(
+    connection: duckdb.DuckDBPyConnection, store: Store, glob: bool, queries: Sequence[str] = ()
+) -> None:
+    """All views, or those that queries need; with `glob`, such that they also show what is put
+    later.
 
     What is damaged is in none of them, and a warning says so.
     """
@@ -168,7 +189,11 @@ def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: boo
         )
     connection.execute(_artifacts_view(store, glob and bool(manifests)))
     torn = max(there, len(manifests)) - len(whole)
+    documented = _documented()
+    needed = _needed(documented, queries or [*documented, *(f"stored_{kind}" for kind in TABLES)])
     for kind, columns in TABLES.items():
+        if f"stored_{kind}" not in needed:
+            continue
         own = {m.key: store.place.url(path) for m, path in whole if m.kind == kind}
         files = list(own.values())
         if glob and files:
@@ -180,14 +205,39 @@ def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: boo
             files = [url for key, url in own.items() if store.find(kind, key)]
             torn += len(own) - len(files)
             connection.execute(view + _stored(kind, columns, files))
-    connection.execute(query_text("views"))
-    for kind in FIGURES:
-        connection.execute(f"CREATE VIEW {kind} AS FROM stored_{kind}")
-    for view, query in (("ranking", "rank"), ("pareto", "pareto"), ("leaderboard", "leaderboard")):
-        connection.execute(f"CREATE VIEW {view} AS {query_text(query)}")
+    for name, query in documented.items():
+        if name in needed:
+            connection.execute(f"CREATE VIEW {name} AS {query}")
     if torn > 0:
         said = f"damaged artifacts left out: {torn}; see: tribunal store verify"
         warnings.warn(said, DamageWarning, stacklevel=2)
+
+
+@cache
+def _documented() -> Mapping[str, str]:
+    """The query of every documented view; each comes after those it is made of."""
+    parts = re.split(r"^CREATE VIEW (\w+) AS\b", query_text("views"), flags=re.MULTILINE)
+    views = dict(zip(parts[1::2], (text.partition(";\n")[0] for text in parts[2::2]), strict=True))
+    views |= {kind: f"FROM stored_{kind}" for kind in FIGURES}
+    return views | {
+        "ranking": query_text("rank"),
+        "pareto": query_text("pareto"),
+        "leaderboard": query_text("leaderboard"),
+    }
+
+
+def _needed(documented: Mapping[str, str], queries: Sequence[str]) -> set[str]:
+    """Every view and table that queries name, or that those are made of; other words do no harm."""
+    words = {name: _words(query) for name, query in documented.items()}
+    needed, fresh = set[str](), _words(" ".join(queries))
+    while fresh:
+        needed |= fresh
+        fresh = {word for name in fresh for word in words.get(name, ())} - needed
+    return needed
+
+
+def _words(query: str) -> set[str]:
+    return set(re.findall(r"\w+", query))
 
 
 def _stored(kind: str, columns: tuple[Column, ...], files: list[str]) -> str:

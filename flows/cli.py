@@ -367,7 +367,7 @@ def relabel(
     form: FormatOption = Format.table,
 ) -> None:
     """Label every stored response again, without loading a model."""
-    from artifacts.catalog import catalog, fetch, query_text, write_database
+    from artifacts.catalog import ask, query_text, write_database
     from flows import results
     from tasks.numerics.labels import LABELLERS
     from tasks.relabel import judged_artifacts
@@ -383,9 +383,8 @@ def relabel(
             relabel_stage(judged=judged, labeller=labeller)
     write_database(store)
     count = "SELECT count(*) FROM trials WHERE stopped AND study = $1"
-    with catalog(store) as connection:
-        table = fetch(connection, query_text("relabelled"), [labeller, name])
-        left = int(str(fetch(connection, count, [name]).rows[0][0]))
+    table = ask(store, query_text("relabelled"), [labeller, name])
+    left = int(str(ask(store, count, [name]).rows[0][0]))
     if form is not Format.table:
         typer.echo(display.as_text(table, form))
         return

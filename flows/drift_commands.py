@@ -127,16 +127,15 @@ def drift(
     form: FormatOption = Format.table,
 ) -> None:
     """What became of frozen winners: before, after, difference, cause; newest first."""
-    from artifacts.catalog import catalog, fetch
+    from artifacts.catalog import ask
     from artifacts.errors import ConfigError
     from flows.results import find_study
 
     store = open_store()
     name = None if study is None else find_study(store, study)
     shown = "SELECT key FROM drift" if history else LAST
-    with catalog(store) as connection:
-        sql = f"SELECT * FROM drift WHERE study = coalesce($1, study) AND key IN ({shown})"
-        table = fetch(connection, sql, [name])
+    sql = f"SELECT * FROM drift WHERE study = coalesce($1, study) AND key IN ({shown})"
+    table = ask(store, sql, [name])
     if not table.rows:
         which = f"of study '{name}'" if name else f"in the store '{store.location}'"
         raise ConfigError(f"no drift {which} yet; compare with: tribunal rebenchmark")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from artifacts.catalog import Table, catalog, fetch
+from artifacts.catalog import Table, ask
 from artifacts.errors import ConfigError, did_you_mean
 from artifacts.schemas import PARAMETERS
 from artifacts.store import Ref, Store
@@ -36,13 +36,12 @@ def find_study(store: Store, name: str | None) -> str:
     Raises:
         ConfigError: there is none.
     """
-    with catalog(store) as connection:
-        rows = fetch(
-            connection,
-            "SELECT s.study, s.name FROM stored_studies s JOIN artifacts a ON a.key = s.key "
-            "WHERE s.protocol IN (SELECT protocol FROM stored_generations) "
-            "ORDER BY a.created DESC, s.study",
-        ).rows
+    rows = ask(
+        store,
+        "SELECT s.study, s.name FROM stored_studies s JOIN artifacts a ON a.key = s.key "
+        "WHERE s.protocol IN (SELECT protocol FROM stored_generations) "
+        "ORDER BY a.created DESC, s.study",
+    ).rows
     if not rows:
         raise ConfigError(f"no study in the store '{store.location}' yet; start with: tribunal run")
     studies = [str(row[0]) for row in rows]
@@ -88,14 +87,13 @@ def ranking(
 ) -> Table:
     """The strict ranking of a study on the prompt sets of a split (None: those judged last)."""
     limit = "" if top is None else f"LIMIT {int(top)}"
-    with catalog(store) as connection:
-        return fetch(
-            connection,
-            f"SELECT {RANK_COLUMNS} FROM ranking r JOIN newest_prompts n USING (protocol, split) "
-            "WHERE study = $1 AND split = $2 AND r.prompts = coalesce($3, n.prompts) "
-            f"ORDER BY rank, trial {limit}",
-            [study, split, prompts],
-        )
+    return ask(
+        store,
+        f"SELECT {RANK_COLUMNS} FROM ranking r JOIN newest_prompts n USING (protocol, split) "
+        "WHERE study = $1 AND split = $2 AND r.prompts = coalesce($3, n.prompts) "
+        f"ORDER BY rank, trial {limit}",
+        [study, split, prompts],
+    )
 
 
 def leaderboard_rows(store: Store, leaderboard: Ref, study: str) -> list[Row]:
@@ -120,21 +118,19 @@ def rows_on_test(store: Store, study: str, prompts: str | None = None) -> list[R
 
 def frozen(store: Store, study: str) -> int | None:
     """The trial of a study that was frozen last, if one is."""
-    with catalog(store) as connection:
-        rows = fetch(
-            connection,
-            "SELECT w.trial FROM stored_winners w JOIN stored_studies s USING (protocol) "
-            "JOIN artifacts a ON a.key = w.key WHERE s.study = ? ORDER BY a.created DESC",
-            [study],
-        ).rows
+    rows = ask(
+        store,
+        "SELECT w.trial FROM stored_winners w JOIN stored_studies s USING (protocol) "
+        "JOIN artifacts a ON a.key = w.key WHERE s.study = ? ORDER BY a.created DESC",
+        [study],
+    ).rows
     return int(rows[0][0]) if rows else None
 
 
 def openings(store: Store, prompts: str) -> int:
     """How many protocols have opened these test prompts: each opening spends a little of them."""
-    with catalog(store) as connection:
-        sql = "SELECT count(DISTINCT protocol) FROM stored_winners WHERE prompts = ?"
-        return int(fetch(connection, sql, [prompts]).rows[0][0])
+    sql = "SELECT count(DISTINCT protocol) FROM stored_winners WHERE prompts = ?"
+    return int(ask(store, sql, [prompts]).rows[0][0])
 
 
 def parameters_of(row: Mapping[str, Any]) -> Row:
@@ -146,24 +142,23 @@ def response_pairs(
     store: Store, study: str, split: str, trial: int, count: int, prompts: str | None = None
 ) -> list[Row]:
     """Prompts with the unedited model's and the trial's response, changed labels first."""
-    with catalog(store) as connection:
-        return fetch(
-            connection,
-            """
-            SELECT e.class, e.prompt, b.response AS before, e.response AS after
-            FROM responses e
-            JOIN studies s ON s.study = e.study AND s.arm = e.arm
-            JOIN newest_prompts n ON n.protocol = s.protocol AND n.split = e.split
-            JOIN responses b ON b.arm = 'unedited' AND b.split = e.split AND b.class = e.class
-                AND b.prompt_id = e.prompt_id
-                AND (b.key = s.baseline OR (b.study = e.study AND b.prompts = e.prompts))
-            WHERE e.study = $1 AND e.split = $2 AND e.trial = $3
-                AND e.prompts = coalesce($4, n.prompts)
-            ORDER BY (e.class = 'harmful' AND b.refused AND NOT e.refused) DESC, e.prompt_id
-            LIMIT $5
-            """,
-            [study, split, trial, prompts, count],
-        ).records()
+    return ask(
+        store,
+        """
+        SELECT e.class, e.prompt, b.response AS before, e.response AS after
+        FROM responses e
+        JOIN studies s ON s.study = e.study AND s.arm = e.arm
+        JOIN newest_prompts n ON n.protocol = s.protocol AND n.split = e.split
+        JOIN responses b ON b.arm = 'unedited' AND b.split = e.split AND b.class = e.class
+            AND b.prompt_id = e.prompt_id
+            AND (b.key = s.baseline OR (b.study = e.study AND b.prompts = e.prompts))
+        WHERE e.study = $1 AND e.split = $2 AND e.trial = $3
+            AND e.prompts = coalesce($4, n.prompts)
+        ORDER BY (e.class = 'harmful' AND b.refused AND NOT e.refused) DESC, e.prompt_id
+        LIMIT $5
+        """,
+        [study, split, trial, prompts, count],
+    ).records()
 
 
 def _judged(
@@ -171,19 +166,18 @@ def _judged(
 ) -> list[Row]:
     """Rows of judged trials with 95 % intervals of their rates and of their mean KL."""
     last = f"${len(values) + 1}"
-    with catalog(store) as connection:
-        rows = fetch(
-            connection,
-            "SELECT s.study, j.* EXCLUDE (responses, key), "
-            "list_transform(list_filter(j.responses, lambda r: r.kl IS NOT NULL), lambda r: r.kl) "
-            "AS kls FROM judged j JOIN stored_studies s USING (protocol) "
-            "JOIN stored_protocols p USING (protocol) "
-            "JOIN newest_prompts n ON n.protocol = j.protocol AND n.split = j.split "
-            f"WHERE {where} AND j.prompts = coalesce({last}, n.prompts) "
-            "ORDER BY j.split = 'test', j.split = 'selection', j.arm <> p.arm, "
-            "j.arm <> 'unedited', j.arm",
-            [*values, prompts],
-        ).records()
+    rows = ask(
+        store,
+        "SELECT s.study, j.* EXCLUDE (responses, key), "
+        "list_transform(list_filter(j.responses, lambda r: r.kl IS NOT NULL), lambda r: r.kl) "
+        "AS kls FROM judged j JOIN stored_studies s USING (protocol) "
+        "JOIN stored_protocols p USING (protocol) "
+        "JOIN newest_prompts n ON n.protocol = j.protocol AND n.split = j.split "
+        f"WHERE {where} AND j.prompts = coalesce({last}, n.prompts) "
+        "ORDER BY j.split = 'test', j.split = 'selection', j.arm <> p.arm, "
+        "j.arm <> 'unedited', j.arm",
+        [*values, prompts],
+    ).records()
     return [_with_intervals(row) for row in rows]
 
 

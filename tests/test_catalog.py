@@ -10,7 +10,7 @@ import duckdb
 import pytest
 from trial_rows import put_study, put_table, response, trial_row, trials
 
-from artifacts.catalog import catalog, fetch, user_query, write_database
+from artifacts.catalog import ask, catalog, fetch, user_query, write_database
 from artifacts.errors import DamageWarning, QueryError
 from artifacts.schemas import VIEWS
 from artifacts.store import Store
@@ -27,6 +27,16 @@ def test_every_view_has_exactly_the_documented_columns(
     with catalog(store) as connection:
         rows = fetch(connection, f"DESCRIBE {view}").rows
     assert {row[0]: row[1] for row in rows} == {c.name: c.type for c in VIEWS[view]}
+
+
+@pytest.mark.parametrize("view", sorted(VIEWS))
+def test_a_query_finds_every_view_it_names_made(store: Store, view: str) -> None:
+    put_study(store, trial_row(0), trial_row(1))
+    query = f"SELECT * FROM {view} ORDER BY ALL"
+    with catalog(store) as connection:
+        assert ask(store, query) == fetch(connection, query)
+    with catalog(store, "FROM prompts") as connection, pytest.raises(QueryError):
+        fetch(connection, "FROM trials")
 
 
 def test_every_column_has_a_meaning() -> None:
