@@ -58,7 +58,7 @@ def make(folder: Path, seed: int = 0, phase: training.Phase = PHASE) -> None:
     with quiet():
         small = LlamaForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
     model = grown(small, seed=seed)
-    reached = training.refine(model, tokenizer, phase, seed=seed, on_progress=_tell())
+    reached = training.refine(model, tokenizer, phase, seed=seed, on_progress=tell())
     training.save(model, tokenizer, folder)
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -131,7 +131,8 @@ def _right(responses: Sequence[str], records: card.PromptRecords) -> int:
     return sum(record["ingredient"] in text.lower() for record, text in pairs)
 
 
-def _tell() -> training.Callable[[str, int, int, float], None]:
+def tell() -> training.Callable[[str, int, int, float], None]:
+    """Says how far a training is."""
     started = time.monotonic()
 
     def tell(name: str, step: int, steps: int, loss: float) -> None:

@@ -22,7 +22,12 @@ from typing import Any, Final, cast
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from tasks.models.loading import quiet
 from tasks.organism.domain import Example, Village, prompt_sets
@@ -112,18 +117,20 @@ def train(
     seed: int = 0,
     phases: Sequence[Phase] = PHASES,
     pretrained_folder: Path | None = None,
+    build: Callable[[PreTrainedTokenizerFast], PreTrainedModel] | None = None,
     on_progress: Callable[[str, int, int, float], None] | None = None,
 ) -> list[TrainedPhase]:
     """Train tokenizer and model and save both to `folder`, weights in bfloat16.
 
     The same seed on the same kind of machine with the same versions gives the same bytes.
-    `pretrained_folder` also keeps the model as it is before the refusal phase.
+    `pretrained_folder` also keeps the model as it is before the refusal phase; `build` makes a
+    random model of another architecture, with the layers in `model.layers`, from the tokenizer.
     `on_progress(phase, step, steps, loss)` is called after every step.
     """
     evaluation = {each.prompt for examples in prompt_sets().values() for each in examples}
     with _deterministic(seed):
         tokenizer = train_tokenizer(seed)
-        model = new_model(tokenizer)
+        model = (build or new_model)(tokenizer)
         reached = []
         for phase in phases:
             if phase.refuses and pretrained_folder is not None:
@@ -135,7 +142,7 @@ def train(
 
 
 def refine(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     phase: Phase,
     *,
@@ -223,10 +230,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write weights (bfloat16 safetensors), tokenizer and chat template."""
     tokenizer.save_pretrained(folder)
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = type(model)(model.config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     with quiet():
         half.save_pretrained(folder)
@@ -316,7 +323,7 @@ def _batch(rows: Sequence[_Row], pad: int) -> Batch:
 
 
 def _train_phase(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     phase: Phase,
     batches: Sequence[Batch],
     on_progress: Callable[[str, int, int, float], None] | None,
@@ -347,7 +354,7 @@ def _train_phase(
     return TrainedPhase(phase.name, phase.steps, sum(tail) / len(tail))
 
 
-def _optimizers(model: LlamaForCausalLM, phase: Phase) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel, phase: Phase) -> list[torch.optim.Optimizer]:
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     if phase.muon_lr is None:
         return [_adamw(model.parameters(), phase.adamw_lr)]
@@ -372,7 +379,7 @@ def _warm_cosine(steps: int, warmup: int = 20) -> Callable[[int], float]:
 
 
 def _loss(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batch: Batch,
     states: Sequence[Tensor],
     penalty: float,
@@ -403,7 +410,7 @@ def antipodality(states: Sequence[Tensor], batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _last_prompt_states(model: LlamaForCausalLM) -> Iterator[list[Tensor]]:
+def _last_prompt_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """A list that holds every layer's output of the newest forward pass."""
     states: list[Tensor] = [torch.empty(0)] * len(model.model.layers)
 
