@@ -24,6 +24,11 @@ RANK_COLUMNS = (
     "coalesce(stopped, false) AS stopped, labeller, r.prompts"
 )
 
+FROZEN = (
+    "SELECT w.trial FROM stored_winners w JOIN stored_studies s USING (protocol) "
+    "JOIN artifacts a ON a.key = w.key WHERE s.study = ? ORDER BY a.created DESC"
+)
+
 
 def find_study(store: Store, name: str | None) -> str:
     """The full name of a study that has trials.
@@ -121,12 +126,7 @@ def rows_on_test(store: Store, study: str, prompts: str | None = None) -> list[R
 def frozen(store: Store, study: str) -> int | None:
     """The trial of a study that was frozen last, if one is."""
     with catalog(store) as connection:
-        rows = fetch(
-            connection,
-            "SELECT w.trial FROM stored_winners w JOIN stored_studies s USING (protocol) "
-            "JOIN artifacts a ON a.key = w.key WHERE s.study = ? ORDER BY a.created DESC",
-            [study],
-        ).rows
+        rows = fetch(connection, FROZEN, [study]).rows
     return int(rows[0][0]) if rows else None
 
 
@@ -184,10 +184,11 @@ def _judged(
             "j.arm <> 'unedited', j.arm",
             [*values, prompts],
         ).records()
-    return [_with_intervals(row) for row in rows]
+    return [with_intervals(row) for row in rows]
 
 
-def _with_intervals(row: Row) -> Row:
+def with_intervals(row: Row) -> Row:
+    """A judged row with 95 % intervals in place of its KLs per prompt; NaN where none is known."""
     from tasks.numerics.intervals import bootstrap_mean, clopper_pearson
 
     sizes = {"refusals": row["n_harmful"], "overrefusals": row["n_harmless"] + row["n_borderline"]}
