@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from artifacts.catalog import Table, catalog, fetch
 from artifacts.errors import ConfigError, did_you_mean
 from artifacts.schemas import PARAMETERS
 from artifacts.store import Ref, Store
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 Row = dict[str, Any]
 WINNER = "winner"  # in place of a trial's number
@@ -42,12 +45,17 @@ def find_study(store: Store, name: str | None) -> str:
         ConfigError: there is none.
     """
     with catalog(store) as connection:
-        rows = fetch(
-            connection,
-            "SELECT s.study, s.name FROM stored_studies s JOIN artifacts a ON a.key = s.key "
-            "WHERE s.protocol IN (SELECT protocol FROM stored_generations) "
-            "ORDER BY a.created DESC, s.study",
-        ).rows
+        return study_named(connection, store, name)
+
+
+def study_named(connection: DuckDBPyConnection, store: Store, name: str | None) -> str:
+    """`find_study` on a connection that is open."""
+    rows = fetch(
+        connection,
+        "SELECT s.study, s.name FROM stored_studies s JOIN artifacts a ON a.key = s.key "
+        "WHERE s.protocol IN (SELECT protocol FROM stored_generations) "
+        "ORDER BY a.created DESC, s.study",
+    ).rows
     if not rows:
         raise ConfigError(f"no study in the store '{store.location}' yet; start with: tribunal run")
     studies = [str(row[0]) for row in rows]

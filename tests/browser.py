@@ -20,7 +20,7 @@ PATIENCE = 60.0  # seconds
 
 
 class Page:
-    """One tab. `errors`: what its console and its scripts complained of; `asked`: what it loaded."""
+    """One tab. `errors`: what console and scripts complained of; `asked`: what was loaded."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket, self._number = socket, 0

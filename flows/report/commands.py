@@ -52,17 +52,14 @@ def report(
 
     The file loads nothing from anywhere, and its tables can be read without a script.
     """
-    from flows import results
     from flows.report.contents import collect
     from flows.report.page import page
 
     refuse_to_replace(out, force)
-    store = open_store()
-    name = results.find_study(store, study)
-    with display.counting(f"report of {name}") as advance:
-        contents = collect(store, name, responses, advance)
+    with display.counting("report") as advance:
+        contents = collect(open_store(), study, responses, advance)
         text = page(contents, advance)
-    written = write_whole(out, text)
+    name, written = contents.name, write_whole(out, text)
     if form is TableOrJson.json:
         rows = {split: len(found) for split, found in contents.rankings.items()}
         answer = {"study": name, "file": str(out), "bytes": written, "rows": rows}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from flows.report import sheets
 from flows.report.contents import Contents, Row, finite, n_other
@@ -86,8 +86,11 @@ def _rate_line(arm: str, name: str, rows: Sequence[Row]) -> Line:
     from tasks.numerics.differences import match, rate_difference
 
     part = [row for row in rows if row["class"] in METRICS[name]]
-    own = {(row["class"], row["prompt_id"]): float(row["refused"]) for row in part}
-    other = {(row["class"], row["prompt_id"]): float(row["refused_other"]) for row in part}
+    names = [(row["class"], row["prompt_id"]) for row in part]
+    own: dict[Hashable, float] = dict(zip(names, (float(r["refused"]) for r in part), strict=True))
+    other: dict[Hashable, float] = dict(
+        zip(names, (float(r["refused_other"]) for r in part), strict=True)
+    )
     cells = [sheets.words(arm), sheets.words(name), sheets.count(len(part))]
     cells.append(sheets.count(sum(r["refused"] and not r["refused_other"] for r in part)))
     cells.append(sheets.count(sum(r["refused_other"] and not r["refused"] for r in part)))

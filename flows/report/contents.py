@@ -75,9 +75,13 @@ class Contents:
         return next((row for row in self.rankings["search"] if row["rank"] is not None), None)
 
 
-def collect(store: Store, study: str, responses: int, advance: Advance) -> Contents:
-    """Ask for everything. `responses`: how many of each class; `advance`: progress."""
+def collect(store: Store, name: str | None, responses: int, advance: Advance) -> Contents:
+    """Ask for everything of a study, found by `name` as `results.find_study` does.
+
+    `responses`: how many of each class; `advance`: progress.
+    """
     with catalog(store) as connection:
+        study = results.study_named(connection, store, name)
         winner = _frozen(connection, study)
         steps = len(SPLITS) + 9
         asked: dict[str, Asked] = {}
@@ -306,7 +310,7 @@ def model_sheet(contents: Contents, rows: Sequence[Row]) -> Sheet:
     """The probed model."""
     names = ("architecture", "dtype", "quantization", "n_layers", "hidden_size", "vocabulary")
     headings = [
-        Heading(n.replace("n_", "").replace("_", " "), words=i < 3) for i, n in enumerate(names)
+        Heading(n.removeprefix("n_").replace("_", " "), words=i < 3) for i, n in enumerate(names)
     ]
     headings.append(Heading("identity", words=True))
     lines = [

@@ -22,7 +22,7 @@ def drawing(plot: Plot) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.hashsalt": f"tribunal-{plot.name}",
         "svg.fonttype": "none",
         "font.family": "sans-serif",

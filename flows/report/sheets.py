@@ -96,10 +96,8 @@ def mean(value: float | None, interval: Interval) -> Cell:
 
 def change(value: float, interval: Interval | None, form: str) -> Cell:
     """A difference with its sign and its interval."""
-    if interval is None:
-        return Cell(format(value, form), value)
-    low, high = (format(end, form) for end in interval)
-    return Cell(format(value, form), value, f"{low} to {high}")
+    text, *ends = (format(number, form).replace("-", "−") for number in (value, *(interval or ())))
+    return Cell(text, value, " to ".join(ends))
 
 
 def percent(fraction: float) -> str:
