@@ -90,10 +90,6 @@ def collected(store: Store, responses: int = 20) -> Contents:
     return collect(store, None, responses, lambda done, total: None)
 
 
-def written(store: Store) -> str:
-    return page(collected(store), lambda done, total: None)
-
-
 class Read(HTMLParser):
     """A page as a reader without a script has it: its structure, its tables, its texts."""
 
@@ -155,8 +151,13 @@ def tame(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="module")
+def contents(tame: Store) -> Contents:
+    return collected(tame)
+
+
+@pytest.fixture(scope="module")
 def text(hostile: Store) -> str:
-    return written(hostile)
+    return page(collected(hostile), lambda done, total: None)
 
 
 # The numbers
@@ -186,20 +187,19 @@ def test_a_stopped_trial_is_a_lower_bound_without_interval(text: str) -> None:
     assert last[2] == ("≥1/3", 1.0)
 
 
-def test_the_intervals_are_those_of_show(tame: Store) -> None:
-    row = collected(tame).tested["strict"]
+def test_the_intervals_are_those_of_show(tame: Store, contents: Contents) -> None:
+    row = contents.tested["strict"]
     shown = results.rows_on_test(tame, results.find_study(tame, None))[0]
     for name in ("refusals_interval", "overrefusals_interval", "kl_interval"):
         assert row[name] == shown[name]
 
 
-def test_every_sql_text_runs_as_a_users_query(hostile: Store) -> None:
-    contents = collected(hostile)
+def test_every_sql_text_runs_as_a_users_query(tame: Store, contents: Contents) -> None:
     assert len(contents.sql) == 13
     for name, sql in contents.sql.items():
         refuse_all_but_select(sql)
         assert "$" not in sql.replace("'$.\"'", ""), name
-    again = user_query(hostile, contents.sql["search"])
+    again = user_query(tame, contents.sql["search"])
     assert [row["trial"] for row in again.records()] == [
         row["trial"] for row in contents.rankings["search"]
     ]
@@ -217,8 +217,8 @@ def test_values_in_sql_are_literals() -> None:
 # What a model wrote
 
 
-def test_what_a_model_wrote_changes_nothing_but_the_text(text: str, tame: Store) -> None:
-    ours, theirs = Read(written(tame)), Read(text)
+def test_what_a_model_wrote_changes_nothing_but_the_text(text: str, contents: Contents) -> None:
+    ours, theirs = Read(page(contents, lambda done, total: None)), Read(text)
     assert theirs.structure == ours.structure
     assert len(theirs.scripts) == 3
     assert set(theirs.texts["dd"]) == {visible(HOSTILE)}
@@ -277,18 +277,17 @@ def test_what_cannot_be_seen_is_named(said: str, shown: str) -> None:
 # Plots
 
 
-def test_plots_are_ones_that_plotly_knows(tame: Store) -> None:
+def test_plots_are_ones_that_plotly_knows(contents: Contents) -> None:
     import plotly.graph_objects as go
 
-    plots = all_plots(collected(tame))
+    plots = all_plots(contents)
     assert set(plots) >= {"plane", "history-refusals", "history-kl"}
     for plot in plots.values():
         painted = re.sub('"@[a-z]+"', '"#123456"', json.dumps(plot.figure()))
         go.Figure(json.loads(painted))
 
 
-def test_the_plane_shows_every_trial_once_and_the_front(tame: Store) -> None:
-    contents = collected(tame)
+def test_the_plane_shows_every_trial_once_and_the_front(contents: Contents) -> None:
     traces = {t["name"]: t for t in all_plots(contents)["plane"].traces}
     finite = [r for r in contents.rankings["search"] if math.isfinite(r["kl"])]
     points = [traces[n] for n in ("gated", "stopped early", "passed the gates")]
@@ -308,8 +307,8 @@ def test_the_best_so_far_never_gets_worse(store: Store) -> None:
     assert best["y"] == [2, 1, 1, 0, 0]
 
 
-def test_drawings_share_no_names(tame: Store) -> None:
-    plots = all_plots(collected(tame))
+def test_drawings_share_no_names(contents: Contents) -> None:
+    plots = all_plots(contents)
     names: list[str] = []
     for plot in (plots["plane"], plots["history-kl"]):
         svg = drawing(plot)
@@ -356,7 +355,6 @@ def test_responses_are_as_many_as_asked_for(tame: Store) -> None:
     shown = collected(tame, responses=2).pairs
     assert [row["class"] for row in shown] == ["harmful", "harmful", "harmless", "harmless"]
     assert {row["of_class"] for row in shown} == {3}
-    assert not collected(tame, responses=0).pairs
 
 
 # The command
