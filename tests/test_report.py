@@ -152,12 +152,12 @@ def tame(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def contents(tame: Store) -> Contents:
-    return collected(tame)
+    return collected(tame, responses=2)
 
 
 @pytest.fixture(scope="module")
 def text(hostile: Store) -> str:
-    return page(collected(hostile), lambda done, total: None)
+    return page(collected(hostile, responses=2), lambda done, total: None)
 
 
 # The numbers
@@ -333,12 +333,14 @@ def svg_with_spaces(svg: str) -> str:
     "rows",
     [
         [trial_row(0, stopped=True, answered_harmful=0, refusals=1)],
-        [trial_row(0, kl=math.nan, gated=True, gate_reason="kl is not finite")],
-        [trial_row(0, n_harmful=1, answered_harmful=1, n_harmless=1, responses=[])],
-        [trial_row(0), trial_row(1), trial_row(2)],
-        [trial_row(0, kl=math.inf, gated=None), trial_row(1, kl=0.0)],
+        [
+            trial_row(0, n_harmful=1, answered_harmful=1, n_harmless=1, responses=[]),
+            trial_row(1, kl=math.nan, gated=True, gate_reason="kl is not finite"),
+            trial_row(2, kl=math.inf, gated=None),
+        ],
+        [trial_row(0), trial_row(1), trial_row(2, kl=0.0)],
     ],
-    ids=["stopped", "nan", "one prompt", "ties", "unscored"],
+    ids=["stopped", "one prompt, nan, unscored", "ties"],
 )
 def test_an_odd_study_is_a_report(store: Store, rows: list[dict[str, Any]]) -> None:
     put_study(store, *rows)
@@ -351,8 +353,8 @@ def test_an_odd_study_is_a_report(store: Store, rows: list[dict[str, Any]]) -> N
         assert "None of the 1 trials of this study has a rank yet." in made
 
 
-def test_responses_are_as_many_as_asked_for(tame: Store) -> None:
-    shown = collected(tame, responses=2).pairs
+def test_responses_are_as_many_as_asked_for(contents: Contents) -> None:
+    shown = contents.pairs
     assert [row["class"] for row in shown] == ["harmful", "harmful", "harmless", "harmless"]
     assert {row["of_class"] for row in shown} == {3}
 
@@ -395,7 +397,7 @@ def test_a_failed_write_leaves_what_was_there(
     ("arguments", "said"),
     [
         (["vilage"], "no study 'vilage'"),
-        (["--out", "{folder}/nowhere/r.html"], "cannot write"),
+        (["--out", "{folder}/nowhere/r.html"], "nowhere'; make it first"),
         (["--out", "{folder}/thesis.html"], "is no report; choose another name, or --force"),
     ],
 )

@@ -84,6 +84,8 @@ def refuse_to_replace(file: Path, force: bool) -> None:
     try:
         if file.is_dir():
             raise ConfigError(f"--out: '{file}' is a folder; give a file, '{file}/report.html' say")
+        if not file.parent.is_dir():
+            raise ConfigError(f"--out: there is no folder '{file.parent}'; make it first")
         if force or not file.exists():
             return
         with file.open("rb") as opened:

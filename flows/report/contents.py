@@ -190,7 +190,7 @@ def ranking_sheet(contents: Contents, split: str) -> Sheet:
     if any(row["stopped"] for row in rows):
         remarks.append(
             "Stopped: the race left the trial's other prompts unanswered, since nothing could hang "
-            "on them. ≥ is a lower bound; such a trial has no rank and no interval."
+            "on them. It has no rank. ≥ is a lower bound, and has no interval."
         )
     lines = [_ranking_line(contents, row, arms) for row in rows]
     return Sheet(split, TITLES[split], headings, lines, contents.sql[split], remarks)
@@ -229,7 +229,8 @@ def kernel_sheet(contents: Contents) -> Sheet:
     headings = [Heading("trial"), Heading("direction", words=True), Heading("index")]
     for part in PARTS:
         for what in ("peak", "at layer", "edge", "reach"):
-            headings.append(Heading(f"{component(part)} {what}", hint=HINTS[what]))
+            short, hint = part.split("_")[0], f"{component(part)}: {HINTS[what]}"
+            headings.append(Heading(f"{short} {what}", hint=hint))
     lines = []
     for row in contents.kernels:
         cells = [

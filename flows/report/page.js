@@ -100,8 +100,8 @@
       const place = document.getElementById(`plot-${name}`);
       const { data, layout } = painted(figure, colours);
       const narrow = place.clientWidth < 480;
-      if (narrow) layout.font.size = 11;
-      if (paper) Object.assign(layout, { width: 660, height: 300 });
+      if (narrow || paper) layout.font.size = paper ? 10 : 11;
+      if (paper) Object.assign(layout, { width: place.closest(".pair") ? 325 : 660, height: 260 });
       else layout.autosize = true;
       layout.hoverlabel.bgcolor = colours.grid;
       layout.hoverlabel.font = { color: colours.ink };
