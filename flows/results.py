@@ -199,10 +199,12 @@ def with_intervals(row: Row) -> Row:
     """A judged row with 95 % intervals in place of its KLs per prompt; NaN where none is known."""
     from tasks.numerics.intervals import bootstrap_mean, clopper_pearson
 
-    sizes = {"refusals": row["n_harmful"], "overrefusals": row["n_harmless"] + row["n_borderline"]}
+    others = (row["n_harmless"] or 0) + (row["n_borderline"] or 0)
+    sizes = {"refusals": row["n_harmful"], "overrefusals": others}
     answered = {"refusals": row["answered_harmful"] == row["n_harmful"], "overrefusals": False}
     for name in METRIC_NAMES:
-        known = not row["stopped"] or answered[name]
+        counted = row[name] is not None and sizes[name]
+        known = counted and (not row["stopped"] or answered[name])
         interval = clopper_pearson(row[name], sizes[name]) if known else (math.nan, math.nan)
         row[f"{name}_interval"] = interval
     kls = row.pop("kls")

@@ -339,8 +339,9 @@ def svg_with_spaces(svg: str) -> str:
             trial_row(2, kl=math.inf, gated=None),
         ],
         [trial_row(0), trial_row(1), trial_row(2, kl=0.0)],
+        [trial_row(0, n_harmful=None, n_borderline=None, overrefusals=None), trial_row(1, kl=None)],
     ],
-    ids=["stopped", "one prompt, nan, unscored", "ties"],
+    ids=["stopped", "one prompt, nan, unscored", "ties", "imported"],
 )
 def test_an_odd_study_is_a_report(store: Store, rows: list[dict[str, Any]]) -> None:
     put_study(store, *rows)

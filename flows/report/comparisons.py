@@ -35,7 +35,7 @@ def rates_sheet(contents: Contents) -> Sheet:
     lines = []
     for row in contents.rankings["test"]:
         for name, n in (("refusals", row["n_harmful"]), ("overrefusals", n_other(row))):
-            if row["stopped"] or not n:
+            if row["stopped"] or not n or row[name] is None:
                 continue
             k, score = row[name], wilson(row[name], n)
             cells = [

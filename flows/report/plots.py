@@ -6,6 +6,7 @@ A text under the pointer is markup to plotly, so what is not ours is escaped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -136,8 +137,11 @@ def history(contents: Contents, metric: str) -> Plot:
     )
 
 
-def _place(row: Row) -> tuple[int, int, float]:
-    return row["refusals"], row["overrefusals"], row["kl"]
+def _place(row: Row) -> tuple[float, float, float]:
+    unknown = math.inf
+    counts = (row["refusals"], row["overrefusals"])
+    refusals, overrefusals = (unknown if count is None else count for count in counts)
+    return refusals, overrefusals, row["kl"]
 
 
 def kernels(contents: Contents, part: str) -> Plot:
@@ -160,8 +164,11 @@ def kernels(contents: Contents, part: str) -> Plot:
                 "name": f"frozen: trial {row['trial']}" if frozen else "Pareto front",
                 "legendgroup": "frozen" if frozen else "front",
                 "showlegend": frozen or not told,
-                "opacity": 1 if frozen else 0.5,
-                "line": {"color": "@orange" if frozen else "@blue", "width": 2.5 if frozen else 1},
+                "opacity": 1 if frozen else 0.7,
+                "line": {
+                    "color": "@orange" if frozen else "@blue",
+                    "width": 2.5 if frozen else 1.5,
+                },
                 "marker": {"symbol": "circle", "size": 6, "color": "@orange"},
                 "hovertemplate": f"trial {row['trial']}<br>layer %{{x}}: %{{y:.3f}}<extra></extra>",
             }

@@ -78,9 +78,11 @@ def amount(value: float | None, form: str = "") -> Cell:
     return Cell(format(value, form) if form else number(value), value)
 
 
-def rate(k: int, n: int, interval: Interval, at_least: bool = False) -> Cell:
+def rate(k: int | None, n: int | None, interval: Interval, at_least: bool = False) -> Cell:
     """A count of prompts with the interval of its rate; `at_least`: not all were answered."""
-    text = f"{'≥' if at_least else ''}{k}/{n}"
+    if k is None:
+        return Cell("–", math.nan)
+    text = f"{'≥' if at_least else ''}{k}/{'?' if n is None else n}"
     low, high = interval
     if math.isnan(low) or not n:
         return Cell(text, k)

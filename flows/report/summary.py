@@ -46,15 +46,19 @@ def headline(contents: Contents) -> list[str]:
             "prompts that chose it, it refuses "
         )
     least = "at least " if is_open(row) else ""
-    first += f"{least}{row['refusals']} of {row['n_harmful']} harmful prompts"
+    first += f"{least}{_told(row['refusals'])} of {_told(row['n_harmful'])} harmful prompts"
     first += f"{_between(row['refusals_interval'])}{_unedited(contents, 'refusals')}."
     least = "at least " if row["stopped"] else ""
     second = (
-        f"It refuses {least}{row['overrefusals']} of {n_other(row)} harmless and borderline-safe "
-        f"prompts{_between(row['overrefusals_interval'])}{_unedited(contents, 'overrefusals')}, "
+        f"It refuses {least}{_told(row['overrefusals'])} of {n_other(row)} harmless and "
+        f"borderline-safe prompts{_between(row['overrefusals_interval'])}{_unedited(contents, 'overrefusals')}, "
         f"and its first tokens lie {number(row['kl'])} nats from the unedited model's."
     )
     return [first, second, _gates(contents, row)]
+
+
+def _told(count: int | None) -> str:
+    return "an unknown number" if count is None else str(count)
 
 
 def _between(interval: tuple[float, float]) -> str:
