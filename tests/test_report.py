@@ -27,6 +27,7 @@ from artifacts.sql_guard import refuse_all_but_select
 from artifacts.store import Store
 from flows import results
 from flows.report.commands import refuse_to_replace, write_whole
+from flows.report.comparisons import differences_sheet
 from flows.report.contents import SPLITS, Contents, collect, state_of
 from flows.report.drawings import drawing
 from flows.report.page import MARK, page, render, visible
@@ -46,9 +47,10 @@ PARAMETERS = {
 }
 
 
-def answers(text: str, prompts: int = 3) -> list[dict[str, Any]]:
+def answers(text: str, prompts: int = 3, refused: bool = False) -> list[dict[str, Any]]:
     """Responses of both classes, with KL on the harmless ones."""
-    harmful = [response("harmful", f"h{i}", response=text) for i in range(prompts)]
+    told = {"response": text, "refused": refused}
+    harmful = [response("harmful", f"h{i}", **told) for i in range(prompts)]
     harmless = [response("harmless", f"g{i}", response=text, kl=0.01 * i) for i in range(prompts)]
     return harmful + harmless
 
@@ -69,6 +71,7 @@ def finished(store: Store, text: str = TAME) -> str:
     put_table(store, "selections", trials(chosen, {**chosen, "trial": 0, "refusals": 1}))
     tested = trial_row(1, **same, split="test", prompts="7e57", kl=0.012)
     unedited = tested | {"arm": "unedited", "trial": None, "refusals": 3, "kl": 0.0}
+    unedited["responses"] = answers(text, refused=True)
     put_table(store, "tests", trials(tested, unedited))
     winner = dict.fromkeys(polars_schema(WINNER)) | {
         "protocol": PROTOCOL,
@@ -192,6 +195,19 @@ def test_the_intervals_are_those_of_show(tame: Store, contents: Contents) -> Non
     shown = results.rows_on_test(tame, results.find_study(tame, None))[0]
     for name in ("refusals_interval", "overrefusals_interval", "kl_interval"):
         assert row[name] == shown[name]
+
+
+def test_pairs_of_prompts_are_held_against_each_other(contents: Contents) -> None:
+    rows = {line.cells[1].text: line.cells for line in differences_sheet(contents).lines}
+    assert set(rows) == {"refusals", "overrefusals", "KL, nats"}
+    assert {cells[0].text for cells in rows.values()} == {"unedited"}
+    prompts, only_frozen, only_other, difference = rows["refusals"][2:]
+    assert (prompts.value, only_frozen.value, only_other.value) == (3, 0, 3)
+    assert difference.text == "−100.0"
+    assert difference.note.startswith("−100.0 to −"), "three pairs are little"
+    assert rows["overrefusals"][5].text == "+0.0"
+    assert rows["overrefusals"][5].note.startswith("−"), "and no proof of no difference"
+    assert not rows["KL, nats"][5].note, "too few prompts for a bootstrap"
 
 
 def test_every_sql_text_runs_as_a_users_query(tame: Store, contents: Contents) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from browser import CHROMIUM, Page, browser
 from small_study import tribunal, write_config
 from test_report import HOSTILE, finished
 
 from artifacts.store import Store
+from flows.report.contents import collect
 from flows.report.page import visible
 
 pytestmark = [
@@ -91,6 +93,24 @@ def test_it_says_what_rank_says(page: Page, study: tuple[Store, Path]) -> None:
             told = ["–" if row[key] is None else float(row[key]) for row in rows]
             shown = column(page, split, number)
             assert [t if t == "–" else float(t) for t in shown] == told, (split, key)
+
+
+def test_the_budget_is_what_the_store_says(study: tuple[Store, Path]) -> None:
+    store = study[0]
+    contents = collect(store, None, 0, lambda done, total: None)
+    manifests = list(store.manifests())
+    rows = {row["kind"]: row for row in contents.budget}
+    besides = {"leaderboards", "figures", "near_duplicates"}
+    assert set(rows) == {m.kind for m in manifests} - besides
+    for kind, row in rows.items():
+        own = [m for m in manifests if m.kind == kind]
+        assert row["artifacts"] == len(own)
+        assert row["seconds"] == pytest.approx(sum(m.provenance["seconds"] for m in own))
+    generations = pl.concat(store.read(m.ref) for m in manifests if m.kind == "generations")
+    answers = generations["responses"].explode().struct.field("n_tokens")
+    assert rows["generations"]["trials"] == 8
+    assert rows["generations"]["tokens"] == answers.sum()
+    assert rows["generations"]["responses"] == len(answers)
 
 
 def test_it_complains_of_nothing_and_asks_for_nothing(
