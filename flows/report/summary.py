@@ -52,7 +52,8 @@ def headline(contents: Contents) -> list[str]:
     second = (
         f"It refuses {least}{_told(row['overrefusals'])} of {n_other(row)} harmless and "
         f"borderline-safe prompts{_between(row['overrefusals_interval'])}"
-        f"{_unedited(contents, 'overrefusals')}, and its first tokens lie {number(row['kl'])} nats from the unedited model's."
+        f"{_unedited(contents, 'overrefusals')}, and its first tokens lie "
+        f"{number(row['kl'])} nats from the unedited model's."
     )
     return [first, second, _gates(contents, row)]
 
