@@ -36,6 +36,7 @@ from flows.options import (
     open_store,
     unwatched,
 )
+from flows.report import commands as report_commands
 from flows.settings import Settings, config_names, load_config
 from flows.store_commands import store_app
 from flows.study_commands import study
@@ -67,6 +68,7 @@ app.command()(worker)
 drift_commands.register(app)
 export_commands.register(app)
 figure_commands.register(app)
+report_commands.register(app)
 app.command(epilog="Example: tribunal study ten-models --set search.trials=8")(study)
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from artifacts.catalog import Table, ask
+from artifacts.catalog import Table, ask, catalog, fetch
 from artifacts.errors import ConfigError, did_you_mean
 from artifacts.schemas import PARAMETERS
 from artifacts.store import Ref, Store
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 Row = dict[str, Any]
 WINNER = "winner"  # in place of a trial's number
@@ -22,6 +25,11 @@ RANK_COLUMNS = (
     "n_borderline, overrefusals, "
     "overrefusals_harmless, overrefusals_borderline, kl, gated, gate_reason, "
     "coalesce(stopped, false) AS stopped, labeller, r.prompts"
+)
+
+FROZEN = (
+    "SELECT w.trial FROM stored_winners w JOIN stored_studies s USING (protocol) "
+    "JOIN artifacts a ON a.key = w.key WHERE s.study = ? ORDER BY a.created DESC"
 )
 
 
@@ -36,8 +44,14 @@ def find_study(store: Store, name: str | None) -> str:
     Raises:
         ConfigError: there is none.
     """
-    rows = ask(
-        store,
+    with catalog(store, "FROM artifacts, stored_studies, stored_generations") as connection:
+        return study_named(connection, store, name)
+
+
+def study_named(connection: DuckDBPyConnection, store: Store, name: str | None) -> str:
+    """`find_study` on a connection that is open."""
+    rows = fetch(
+        connection,
         "SELECT s.study, s.name FROM stored_studies s JOIN artifacts a ON a.key = s.key "
         "WHERE s.protocol IN (SELECT protocol FROM stored_generations) "
         "ORDER BY a.created DESC, s.study",
@@ -118,12 +132,7 @@ def rows_on_test(store: Store, study: str, prompts: str | None = None) -> list[R
 
 def frozen(store: Store, study: str) -> int | None:
     """The trial of a study that was frozen last, if one is."""
-    rows = ask(
-        store,
-        "SELECT w.trial FROM stored_winners w JOIN stored_studies s USING (protocol) "
-        "JOIN artifacts a ON a.key = w.key WHERE s.study = ? ORDER BY a.created DESC",
-        [study],
-    ).rows
+    rows = ask(store, FROZEN, [study]).rows
     return int(rows[0][0]) if rows else None
 
 
@@ -178,16 +187,19 @@ def _judged(
         "j.arm <> 'unedited', j.arm",
         [*values, prompts],
     ).records()
-    return [_with_intervals(row) for row in rows]
+    return [with_intervals(row) for row in rows]
 
 
-def _with_intervals(row: Row) -> Row:
+def with_intervals(row: Row) -> Row:
+    """A judged row with 95 % intervals in place of its KLs per prompt; NaN where none is known."""
     from tasks.numerics.intervals import bootstrap_mean, clopper_pearson
 
-    sizes = {"refusals": row["n_harmful"], "overrefusals": row["n_harmless"] + row["n_borderline"]}
+    others = (row["n_harmless"] or 0) + (row["n_borderline"] or 0)
+    sizes = {"refusals": row["n_harmful"], "overrefusals": others}
     answered = {"refusals": row["answered_harmful"] == row["n_harmful"], "overrefusals": False}
     for name in METRIC_NAMES:
-        known = not row["stopped"] or answered[name]
+        counted = row[name] is not None and sizes[name]
+        known = counted and (not row["stopped"] or answered[name])
         interval = clopper_pearson(row[name], sizes[name]) if known else (math.nan, math.nan)
         row[f"{name}_interval"] = interval
     kls = row.pop("kls")
