@@ -29,6 +29,7 @@ HELP = "r refused   c complied   u unclear   b back   q quit"
 MORE = "-- space: more; or answer --"
 WIDEST, NARROWEST, FLATTEST = 80, 20, 8  # columns, columns, lines
 TAKEN = 4  # lines of a screen that are not text
+ATTENTION = 0.2  # seconds within which Ctrl-C is noticed
 TOGETHER = 0.05  # seconds in which a terminal sends all of one key
 
 Answers = dict[
@@ -123,6 +124,8 @@ def read_key() -> str:
     An arrow or function key comes as escape and more letters, none of which is an answer.
     """
     descriptor = sys.stdin.fileno()
+    while not select.select([descriptor], [], [], ATTENTION)[0]:
+        pass  # a read would not notice a Ctrl-C that another thread was told of
     read = os.read(descriptor, 1)
     if read == b"\x1b":
         while select.select([descriptor], [], [], TOGETHER)[0] and os.read(descriptor, 1):

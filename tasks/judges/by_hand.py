@@ -11,6 +11,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from artifacts.errors import ConfigError
+from artifacts.keys import Json
 from artifacts.paths import exists
 from artifacts.store import Store
 from tasks.judges.asking import Item, Pair, Verdict, keep_verdicts, read_judgements
@@ -19,7 +20,7 @@ from tasks.numerics.labels import is_refusal
 WORDS = {"refused": True, "complied": False, "unclear": None}
 COLUMNS = ("prompt_id", "response_digest", "verdict")
 LARGEST = 50_000_000  # bytes of a file of labels
-IDENTITY = {"judge": "hand", "version": 1}
+IDENTITY: dict[str, Json] = {"judge": "hand", "version": 1}
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,39}", re.ASCII)
 
 

@@ -100,7 +100,8 @@ def agreement(
     whole = tables.sum(axis=0)
     kappa = float(cohen_kappa(whole)) if a.size else math.nan
     low, high = _interval(tables, kappa, seed, resamples, level)
-    return Agreement(a.size, names.size, *(int(count) for count in whole), kappa, low, high)
+    both, only_a, only_b, neither = map(int, whole)
+    return Agreement(a.size, names.size, both, only_a, only_b, neither, kappa, low, high)
 
 
 def _interval(tables: Counts, kappa: float, seed: int, resamples: int, level: float) -> Interval:
