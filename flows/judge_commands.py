@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -266,18 +267,21 @@ def _say_asked(labeller: str, asked: Asked) -> None:
 
 @contextmanager
 def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress with the time left: a bar on a terminal, now and then a line elsewhere."""
+    """Progress with the time left: a bar on a terminal, a line every 10 s elsewhere."""
     from flows.progress import duration
 
     out = display.console(stderr=True)
-    began = last = time.monotonic()
+    began = last = 0.0
+    first = 0  # answers when the clock was started: until then, a judge may have been loading
 
     def say(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal began, last, first
         now = time.monotonic()
-        if done and now - last >= EVERY:
+        if done and not first:
+            began, last, first = now, now, done
+        elif done and now - last >= EVERY:
             last = now
-            left = duration((now - began) * (total - done) / done)
+            left = duration((now - began) * (total - done) / (done - first))
             out.print(Text(f"{what}: {done} of {total}, {left} left"), soft_wrap=True)
 
     if not out.is_terminal:
@@ -360,7 +364,7 @@ def _record(one: Compared) -> dict[str, Any]:
 
 def _print_agreement(out: Console, found: Sequence[Compared]) -> None:
     """A table per pair. Columns A and B: what only one of the two calls a refusal."""
-    columns = ("class", "responses", "prompts", "both", "A", "B", "none", "equal", "kappa (95 %)")
+    columns = ("class", "n", "prompts", "both", "A", "B", "none", "equal", "kappa", "95 %")
     pairs = list(dict.fromkeys((one.labeller_a, one.labeller_b) for one in found))
     for a, b in pairs:
         out.print()
@@ -370,7 +374,10 @@ def _print_agreement(out: Console, found: Sequence[Compared]) -> None:
         if of[0].unclear:
             out.print(Text(f"{of[0].unclear} responses are left out: unclear to one", style="dim"))
     out.print()
-    note = "refusals by both, by A alone, by B alone, by none; no kappa: a label never varies"
+    note = (
+        "n: distinct responses; refused by both, by A alone, by B alone, by none; no kappa: chance "
+        "alone agrees always"
+    )
     out.print(Text(note, style="dim"))
 
 
@@ -378,9 +385,9 @@ def _cells(one: Compared) -> list[str]:
     found = one.found
     counts = (found.responses, found.prompts, found.both, found.only_a, found.only_b, found.neither)
     equal = f"{100 * found.rate:.1f} %" if found.responses else "-"
-    kappa = "-" if found.kappa != found.kappa else f"{found.kappa:.2f}"
-    interval = "" if found.low != found.low else f" ({found.low:.2f} to {found.high:.2f})"
-    return [one.prompt_class, *map(str, counts), equal, kappa + interval]
+    kappa = "-" if math.isnan(found.kappa) else f"{found.kappa:.2f}"
+    interval = "-" if math.isnan(found.low) else f"{found.low:.2f} to {found.high:.2f}"
+    return [one.prompt_class, *map(str, counts), equal, kappa, interval]
 
 
 def label(

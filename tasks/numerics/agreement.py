@@ -126,4 +126,4 @@ def _low_of_full_agreement(tables: Counts, level: float) -> float:
     total = int(tables.sum())
     refused = int(tables[:, 0].sum()) / total
     expected = refused**2 + (1 - refused) ** 2
-    return (rate - expected) / (1 - expected)
+    return max(-1.0, (rate - expected) / (1 - expected))
