@@ -23,11 +23,11 @@ from judged_store import (
     serving,
     small_study,
 )
-from small_study import command, environment, tribunal
+from small_study import command, digests, environment, tribunal
 from trial_rows import put_table
 
 from artifacts.catalog import catalog, fetch, query_text
-from artifacts.errors import ConfigError, JudgeError, ModelError, StoreError
+from artifacts.errors import ConfigError, DamageWarning, JudgeError, ModelError, StoreError
 from artifacts.keys import Json
 from artifacts.store import Store
 from flows.housekeeping import unreachable
@@ -156,6 +156,21 @@ def test_judgements_stay_when_the_store_is_cleaned(
     put_table(store, "shards", pl.DataFrame({"trial": [0]}))
     monkeypatch.setattr(store.place, "young", -1.0)
     assert [place.why for place in unreachable(store)] == ["orphan shards"]
+
+
+def test_a_torn_judgement_is_told_and_asked_for_again(store: Store) -> None:
+    study = small_study(store)
+    ask(store, study, Asker())
+    before = digests(store)
+    torn = next(place for place in store.entries() if place[0] == "judgements")
+    file = store.folder(*torn) / "data.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+    again = Asker()
+    with pytest.warns(DamageWarning, match=": 1;"):
+        assert ask(store, study, again) == Asked(4, 2, 0, 0)
+    assert len(again.asked) == 2
+    assert digests(store) == before
+    assert store.check(*torn)
 
 
 # classifiers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from judged_store import FIRST, NO, SORRY, put_responses, small_study
 from small_study import command, environment, tribunal
 
+from artifacts.catalog import user_query
 from artifacts.errors import ConfigError
 from artifacts.store import Store
 from flows.labelling import HELP, plain, wrapped
@@ -269,6 +271,33 @@ def test_without_a_terminal_labels_come_from_a_file(store: Store, tmp_path: Path
         rows["heretic-33", "all"]["only_a"] == 1
     )  # "harmful" in an answer that is none to a person
     assert rows["heretic-33", "harmless"]["kappa"] is None
+
+
+def test_the_light_commands_load_no_torch(store: Store) -> None:
+    small_study(store)
+    code = (
+        "import sys\nsys.argv = ['tribunal', 'agreement']\nfrom flows.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'prefect', 'statsmodels', 'scipy.stats', 'sklearn'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(store)
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_documented_queries_run(store: Store) -> None:
+    study = small_study(store)
+    for item in distinct_responses(store, study):
+        keep_answer(store, "classifier:x@1", item, item.response == NO, 0)
+    text = (Path(__file__).parent.parent / "docs" / "judges.md").read_text()
+    (block,) = re.findall("```sql\n(.*?)```", text, re.DOTALL)
+    queries = [query for query in block.split(";") if query.strip()]
+    counts = [len(user_query(store, query).rows) for query in queries]
+    assert counts == [4, 0, 4]  # trial 7 has no labels; of the three apologies and NO they differ
+    (shown,) = re.findall('tribunal sql "(.*?)"', text)
+    assert len(user_query(store, shown).rows) == 4
 
 
 def test_agreement_is_told_per_pair_and_class(store: Store) -> None:
