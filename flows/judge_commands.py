@@ -372,7 +372,7 @@ def _print_agreement(out: Console, found: Sequence[Compared]) -> None:
         of = [one for one in found if (one.labeller_a, one.labeller_b) == (a, b)]
         display.print_rows(out, columns, [_cells(one) for one in of])
         if of[0].unclear:
-            out.print(Text(f"{of[0].unclear} responses are left out: unclear to one", style="dim"))
+            out.print(Text(f"left out, unclear to one of them: {of[0].unclear}", style="dim"))
     out.print()
     note = (
         "n: distinct responses; refused by both, by A alone, by B alone, by none; no kappa: chance "

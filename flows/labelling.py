@@ -161,7 +161,7 @@ def plain(text: str) -> str:
 def wrapped(text: str, width: int) -> list[str]:
     """A text as lines of a terminal, indented, controls spelt out."""
     lines = [
-        textwrap.wrap(line, width - 2, replace_whitespace=False, drop_whitespace=False) or [""]
+        textwrap.wrap(line, width - 2, replace_whitespace=False) or [""]
         for line in plain(text).expandtabs(4).split("\n")
     ]
     return [f"  {part}" for line in lines for part in line]

@@ -16,6 +16,7 @@ from trial_rows import put_study, put_table, response, trial_row
 
 from artifacts.schemas import PROMPTS, polars_schema
 from artifacts.store import Store
+from tasks.judges.asking import Item, response_digest
 
 SORRY, FIRST, NO = "I cannot help with that.", "First, gather the moss.", "No, that is harmful."
 
@@ -47,6 +48,20 @@ def small_study(store: Store) -> str:
         [("harmful", "p0", SORRY), ("harmful", "p1", SORRY), ("harmless", "p2", FIRST)],
         [("harmful", "p0", NO), ("harmful", "p1", SORRY), ("harmless", "p2", FIRST)],
     )
+
+
+ITEMS = sorted(  # what there is to ask about in the small study
+    (
+        Item(prompt_class, prompt, response_digest(text), f"How to {prompt}?", text)
+        for prompt_class, prompt, text in (
+            ("harmful", "p0", SORRY),
+            ("harmful", "p0", NO),
+            ("harmful", "p1", SORRY),
+            ("harmless", "p2", FIRST),
+        )
+    ),
+    key=lambda item: item.pair,
+)
 
 
 def save_classifier(folder: Path, family: str = "Bert", seed: int = 0, **options: Any) -> Path:

@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 from judged_store import (
     FIRST,
+    ITEMS,
     NO,
     SORRY,
     Server,
@@ -82,8 +83,9 @@ class Asker:
             yield item, Verdict(item.response == SORRY)
 
 
-def ask(store: Store, study: str, judge: Any) -> Asked:
-    return judge_responses(store, judge, distinct_responses(store, study))
+def ask(store: Store, judge: Any) -> Asked:
+    """Ask about the small study's responses, which need not be stored for that."""
+    return judge_responses(store, judge, ITEMS)
 
 
 def said(store: Store, labeller: str) -> dict[tuple[str, str], bool | None]:
@@ -98,18 +100,19 @@ def query(store: Store, sql: str) -> tuple[tuple[Any, ...], ...]:
 
 
 def test_each_distinct_response_is_asked_about_once(store: Store) -> None:
-    study, judge = small_study(store), Asker()
-    assert ask(store, study, judge) == Asked(4, 4, 0, 0)
+    judge = Asker()
+    assert ask(store, judge) == Asked(4, 4, 0, 0)
     assert len(judge.asked) == len(set(judge.asked)) == 4
-    assert ask(store, study, judge) == Asked(4, 0, 0, 0)
+    assert ask(store, judge) == Asked(4, 0, 0, 0)
     assert len(judge.asked) == 4
     other = Asker("other")
-    ask(store, study, other)
+    ask(store, other)
     assert len(other.asked) == 4  # what one judge said is not what another would say
 
 
 def test_a_judgement_is_a_label_of_every_trial_that_gave_the_response(store: Store) -> None:
-    ask(store, small_study(store), Asker())
+    assert distinct_responses(store, small_study(store)) == ITEMS
+    ask(store, Asker())
     assert said(store, "asker") == {
         **{(0, "p0"): True, (0, "p1"): True, (0, "p2"): False},
         **{(1, "p0"): False, (1, "p1"): True, (1, "p2"): False},
@@ -129,24 +132,24 @@ def test_the_view_and_python_agree_on_a_digest(store: Store) -> None:
 
 
 def test_what_was_answered_before_a_failure_is_kept_and_not_asked_again(store: Store) -> None:
-    study, judge = small_study(store), Asker(fails_after=3)
+    judge = Asker(fails_after=3)
     with pytest.raises(JudgeError, match="tired"):
-        ask(store, study, judge)
+        ask(store, judge)
     rest = Asker()
-    assert ask(store, study, rest) == Asked(4, 1, 0, 0)
+    assert ask(store, rest) == Asked(4, 1, 0, 0)
     assert len({*judge.asked, *rest.asked}) == 4
 
 
 def test_what_was_answered_before_ctrl_c_is_kept(store: Store) -> None:
-    study, judge = small_study(store), Asker(kept_together=100)
+    judge = Asker(kept_together=100)
 
     def interrupt(done: int, total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge_responses(store, judge, distinct_responses(store, study), interrupt)
-    assert ask(store, study, Asker()).asked == 1
+        judge_responses(store, judge, ITEMS, interrupt)
+    assert ask(store, Asker()).asked == 1
 
 
 def test_judgements_stay_when_the_store_is_cleaned(
@@ -160,14 +163,15 @@ def test_judgements_stay_when_the_store_is_cleaned(
 
 def test_a_torn_judgement_is_told_and_asked_for_again(store: Store) -> None:
     study = small_study(store)
-    ask(store, study, Asker())
+    ask(store, Asker())
     before = digests(store)
     torn = next(place for place in store.entries() if place[0] == "judgements")
     file = store.folder(*torn) / "data.parquet"
     file.write_bytes(file.read_bytes()[:-9])
     again = Asker()
     with pytest.warns(DamageWarning, match=": 1;"):
-        assert ask(store, study, again) == Asked(4, 2, 0, 0)
+        found = distinct_responses(store, study)
+    assert judge_responses(store, again, found) == Asked(4, 2, 0, 0)
     assert len(again.asked) == 2
     assert digests(store) == before
     assert store.check(*torn)
@@ -261,9 +265,9 @@ def test_what_is_no_trained_classifier_is_refused(tmp_path: Path) -> None:
 def test_a_classifier_labels_a_study_and_other_thresholds_ask_nothing(
     store: Store, classifiers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study, model = small_study(store), find_classifier(str(classifiers["Bert"]))
+    model = find_classifier(str(classifiers["Bert"]))
     judge = ClassifierJudge(model, Reading(1))
-    assert ask(store, study, judge) == Asked(4, 4, 0, 0)
+    assert ask(store, judge) == Asked(4, 4, 0, 0)
     sql = f"SELECT score, refused FROM judgements WHERE labeller = '{judge.labeller}'"
     found = query(store, sql)
     assert all(refused == (score >= 0.5) for score, refused in found)
@@ -273,7 +277,7 @@ def test_a_classifier_labels_a_study_and_other_thresholds_ask_nothing(
     )
     strict = ClassifierJudge(model, Reading(1, threshold=middle))
     assert strict.labeller == f"{judge.labeller}>{middle}"
-    assert ask(store, study, strict) == Asked(4, 0, 0, 0)
+    assert ask(store, strict) == Asked(4, 0, 0, 0)
     sql = f"SELECT score, refused FROM judgements WHERE labeller = '{strict.labeller}'"
     assert sorted(refused for _, refused in query(store, sql)) == [False] * 2 + [True] * 2
 
@@ -281,9 +285,9 @@ def test_a_classifier_labels_a_study_and_other_thresholds_ask_nothing(
 def test_a_label_of_compliance_is_read_the_other_way(
     store: Store, classifiers: dict[str, Path]
 ) -> None:
-    study, model = small_study(store), find_classifier(str(classifiers["Bert"]))
+    model = find_classifier(str(classifiers["Bert"]))
     for reading in (Reading(1, "refusal"), Reading(1, "compliance")):
-        ask(store, study, ClassifierJudge(model, reading))
+        ask(store, ClassifierJudge(model, reading))
     sql = "SELECT sum(score) FROM judgements GROUP BY prompt_id, response_digest"
     assert [total for (total,) in query(store, sql)] == pytest.approx([1.0] * 4)
 
@@ -305,8 +309,8 @@ def test_the_name_of_a_classifier_tells_what_counts(classifiers: dict[str, Path]
 
 
 def test_the_prompt_is_read_only_if_asked_for(store: Store, classifiers: dict[str, Path]) -> None:
-    study, model = small_study(store), find_classifier(str(classifiers["Bert"]))
-    lost = [replace(item, prompt=None) for item in distinct_responses(store, study)]
+    model = find_classifier(str(classifiers["Bert"]))
+    lost = [replace(item, prompt=None) for item in ITEMS]
     for inputs in ("prompt+response", "{prompt} - {response}"):
         with pytest.raises(StoreError, match="the text of prompt 'p0' is no longer in the store"):
             judge_responses(store, ClassifierJudge(model, Reading(1, inputs=inputs)), lost)
@@ -364,10 +368,11 @@ def endpoint(server: Server, **options: Any) -> EndpointJudge:
 
 
 def test_an_endpoint_is_asked_about_each_response_once(store: Store, server: Server) -> None:
-    study, judge = small_study(store), endpoint(server)
-    assert ask(store, study, judge) == Asked(4, 4, 0, 0)
+    small_study(store)
+    judge = endpoint(server)
+    assert ask(store, judge) == Asked(4, 4, 0, 0)
     assert len(server.bodies) == 4
-    assert ask(store, study, judge) == Asked(4, 0, 0, 0)
+    assert ask(store, judge) == Asked(4, 0, 0, 0)
     assert len(server.bodies) == 4
     assert said(store, judge.labeller) == {
         **{(0, "p0"): True, (0, "p1"): True, (0, "p2"): False},
@@ -376,8 +381,8 @@ def test_an_endpoint_is_asked_about_each_response_once(store: Store, server: Ser
 
 
 def test_what_is_sent(store: Store, server: Server) -> None:
-    ask(store, small_study(store), endpoint(server, key="sesame"))
-    ask(store, "village-c0ffee", endpoint(server, model="other"))
+    ask(store, endpoint(server, key="sesame"))
+    ask(store, endpoint(server, model="other"))
     assert server.keys == ["Bearer sesame"] * 4 + [None] * 4
     for body in server.bodies:
         assert (body["path"], body["temperature"]) == ("/v1/chat/completions", 0)
@@ -389,32 +394,31 @@ def test_what_is_sent(store: Store, server: Server) -> None:
 
 
 def test_a_busy_server_is_asked_again_and_nothing_twice(store: Store, server: Server) -> None:
-    study = small_study(store)
     server.faults = [(429, {"Retry-After": "0"}), (503, {}), (500, {})]
-    assert ask(store, study, endpoint(server)) == Asked(4, 4, 0, 0)
+    assert ask(store, endpoint(server)) == Asked(4, 4, 0, 0)
     assert len(server.bodies) == 4 + 3
 
 
 def test_a_server_that_stays_busy_ends_it_and_what_it_answered_is_kept(
     store: Store, server: Server
 ) -> None:
-    study, judge = small_study(store), endpoint(server, concurrency=1)
+    judge = endpoint(server, concurrency=1)
     server.faults = [(200, {})] * 2 + [(429, {})] * TRIES
     with pytest.raises(JudgeError, match=r"cannot be asked now .answers 429.; what it answered"):
-        ask(store, study, judge)
+        ask(store, judge)
     assert len(server.bodies) == 2 + TRIES
-    assert ask(store, study, judge) == Asked(4, 2, 0, 0)
+    assert ask(store, judge) == Asked(4, 2, 0, 0)
     assert len(server.bodies) == 2 + TRIES + 2
 
 
 def test_several_at_once_are_all_kept_when_one_fails(store: Store, server: Server) -> None:
     """Answers that came while another failed are not asked for again."""
-    study, judge = small_study(store), endpoint(server, concurrency=4)
+    judge = endpoint(server, concurrency=4)
     server.faults = [(400, {})]
     with pytest.raises(JudgeError, match="answers 400 to model 'small-judge': no"):
-        ask(store, study, judge)
+        ask(store, judge)
     before = len(server.bodies)
-    ask(store, study, judge)
+    ask(store, judge)
     assert len(server.bodies) - before == 4 - (before - 1)
 
 
@@ -432,7 +436,7 @@ def test_what_will_not_pass_is_not_tried_again(
 ) -> None:
     server.faults = [(status, {"Location": server.url})] * 9
     with pytest.raises(JudgeError, match=said):
-        ask(store, small_study(store), endpoint(server, key=key, concurrency=1))
+        ask(store, endpoint(server, key=key, concurrency=1))
     assert len(server.bodies) == 1
 
 
@@ -440,7 +444,7 @@ def test_a_server_that_is_not_there(store: Store) -> None:
     with serving() as server:
         judge = endpoint(server)
     with pytest.raises(JudgeError, match="cannot be asked now"):
-        ask(store, small_study(store), judge)
+        ask(store, judge)
 
 
 @pytest.mark.parametrize("said", ["<html>", {"error": "x"}, {"choices": []}, [], {"choices": [1]}])
@@ -449,7 +453,7 @@ def test_what_is_no_chat_completion_is_said(
 ) -> None:
     monkeypatch.setattr(server, "reply", lambda _: said)
     with pytest.raises(JudgeError, match="answers with no chat completion"):
-        ask(store, small_study(store), endpoint(server))
+        ask(store, endpoint(server))
 
 
 def test_a_reply_that_is_no_verdict_is_counted_kept_and_not_guessed(
@@ -458,9 +462,10 @@ def test_a_reply_that_is_no_verdict_is_counted_kept_and_not_guessed(
     monkeypatch.setattr(
         server, "reply", lambda _: {"choices": [{"message": {"content": "It refuses,\x1b[2J no?"}}]}
     )
-    study, judge = small_study(store), endpoint(server)
-    assert ask(store, study, judge) == Asked(4, 4, 0, 4)
-    assert ask(store, study, judge) == Asked(4, 0, 0, 4)
+    small_study(store)
+    judge = endpoint(server)
+    assert ask(store, judge) == Asked(4, 4, 0, 4)
+    assert ask(store, judge) == Asked(4, 0, 0, 4)
     assert len(server.bodies) == 4
     sql = "SELECT DISTINCT refused, reply FROM judgements"
     assert query(store, sql) == ((None, "It refuses,\\x1b[2J no?"),)
@@ -507,7 +512,7 @@ def test_the_key_is_nowhere(store: Store, server: Server, monkeypatch: pytest.Mo
         server, "reply", lambda _: {"choices": [{"message": {"content": f"your key is {key}"}}]}
     )
     judge = endpoint(server, key=key)
-    ask(store, small_study(store), judge)
+    ask(store, judge)
     assert server.keys == [f"Bearer {key}"] * 4
     assert query(store, "SELECT DISTINCT reply FROM judgements") == (("your key is ***",),)
     assert key not in repr(judge)
@@ -516,7 +521,7 @@ def test_the_key_is_nowhere(store: Store, server: Server, monkeypatch: pytest.Mo
     assert not any(key.encode() in content for content in contents)
     monkeypatch.setattr(server, "reply", lambda _: f"your key is {key}")
     with pytest.raises(JudgeError, match=r"your key is \*\*\*"):
-        ask(store, "village-c0ffee", replace(judge, model="other"))
+        ask(store, replace(judge, model="other"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pexpect
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judged_store import FIRST, NO, SORRY, put_responses, small_study
+from judged_store import FIRST, ITEMS, NO, SORRY, put_responses, small_study
 from small_study import command, environment, tribunal
 
 from artifacts.catalog import user_query
@@ -91,14 +91,13 @@ def test_controls_are_spelt_out_and_words_stay() -> None:
 
 
 def test_the_last_answer_of_a_person_holds(store: Store) -> None:
-    study = small_study(store)
-    item = distinct_responses(store, study)[0]
+    item = ITEMS[0]
     for number, refused in enumerate([True, False, None]):
         keep_answer(store, "hand:me", item, refused, number)
     assert last_answers(store, "hand:me") == {item.pair: (None, 2)}
     assert list(read_judgements(store)) == ["hand:me"]
     keep_answer(store, "hand:you", item, True, 0)
-    labels = labels_of(store, distinct_responses(store, study))
+    labels = labels_of(store, ITEMS)
     assert (labels["hand:me"][item.pair], labels["hand:you"][item.pair]) == (None, True)
     between = next(compare_all([item], {n: labels[n] for n in ("hand:me", "hand:you")}))
     assert (between.unclear, between.found.responses) == (1, 0)
@@ -110,21 +109,23 @@ def test_names_are_plain(name: str) -> None:
         labeller_of(name)
 
 
-def csv_of(store: Store, study: str, verdicts: Sequence[str], extra: str = "") -> str:
-    found = distinct_responses(store, study)
-    rows = [f"{i.prompt_id},{i.response_digest},{v}" for i, v in zip(found, verdicts, strict=False)]
+def csv_of(verdicts: Sequence[str], extra: str = "") -> str:
+    """A file of verdicts on the small study's responses."""
+    rows = [
+        f"{item.prompt_id},{item.response_digest},{verdict}"
+        for item, verdict in zip(ITEMS, verdicts, strict=False)
+    ]
     return "\n".join(["prompt_id,response_digest,verdict", *rows, extra])
 
 
 def test_labels_made_elsewhere_come_in_once(store: Store, tmp_path: Path) -> None:
-    study, file = small_study(store), tmp_path / "labels.csv"
-    found = distinct_responses(store, study)
-    file.write_text(csv_of(store, study, ["refused", "complied", "Unclear", "complied"]))
+    found, file = ITEMS, tmp_path / "labels.csv"
+    file.write_text(csv_of(["refused", "complied", "Unclear", "complied"]))
     assert keep_file(store, "hand:me", file, found) == 4
     assert keep_file(store, "hand:me", file, found) == 0
     said = [last_answers(store, "hand:me")[item.pair] for item in found]
     assert said == [(True, 0), (False, 0), (None, 0), (False, 0)]
-    file.write_text("\ufeff" + csv_of(store, study, ["refused", "refused"]))
+    file.write_text("\ufeff" + csv_of(["refused", "refused"]))
     assert keep_file(store, "hand:me", file, found) == 1
     said = [last_answers(store, "hand:me")[item.pair] for item in found]
     assert said == [(True, 0), (True, 1), (None, 0), (False, 0)]
@@ -151,21 +152,20 @@ def test_labels_made_elsewhere_come_in_once(store: Store, tmp_path: Path) -> Non
 def test_a_file_of_labels_that_is_wrong_is_one_line(
     store: Store, tmp_path: Path, text: Any, said: str
 ) -> None:
-    study, file = small_study(store), tmp_path / "labels.csv"
+    file = tmp_path / "labels.csv"
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=said):
-        keep_file(store, "hand:me", file, distinct_responses(store, study))
+        keep_file(store, "hand:me", file, ITEMS)
     assert read_judgements(store) == {}
 
 
 def test_two_verdicts_on_one_response_are_refused(store: Store, tmp_path: Path) -> None:
-    study, file = small_study(store), tmp_path / "labels.csv"
-    first = distinct_responses(store, study)[0]
+    first, file = ITEMS[0], tmp_path / "labels.csv"
     twice = f"{first.prompt_id},{first.response_digest},complied"
-    file.write_text(csv_of(store, study, ["refused"], twice))
+    file.write_text(csv_of(["refused"], twice))
     with pytest.raises(ConfigError, match=f"line 3: response '{first.response_digest}' has two"):
-        keep_file(store, "hand:me", file, distinct_responses(store, study))
+        keep_file(store, "hand:me", file, ITEMS)
 
 
 # the commands
@@ -207,6 +207,7 @@ def answer(child: pexpect.spawn, key: str) -> str:
     return shown
 
 
+@pytest.mark.slow
 def test_a_person_labels_goes_back_quits_and_goes_on(store: Store) -> None:
     study = long_study(store)
     found = distinct_responses(store, study)
@@ -237,6 +238,7 @@ def test_a_person_labels_goes_back_quits_and_goes_on(store: Store) -> None:
     assert all(f"word{n}" in whole for n in range(500))
 
 
+@pytest.mark.slow
 def test_ctrl_c_loses_no_answer_and_leaves_the_terminal_as_it_was(store: Store) -> None:
     long_study(store)
     child = screen(store, "--by", "ada", "--n", "4")
@@ -252,16 +254,15 @@ def test_ctrl_c_loses_no_answer_and_leaves_the_terminal_as_it_was(store: Store) 
 
 
 def test_without_a_terminal_labels_come_from_a_file(store: Store, tmp_path: Path) -> None:
-    study, file = small_study(store), tmp_path / "labels.csv"
+    small_study(store)
+    file = tmp_path / "labels.csv"
     refused = tribunal(store, "label")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == (
         "tribunal: labelling needs a terminal; labels made elsewhere come with --from FILE.csv\n"
     )
-    verdicts = [
-        "refused" if i.response == SORRY else "complied" for i in distinct_responses(store, study)
-    ]
-    file.write_text(csv_of(store, study, verdicts))
+    verdicts = ["refused" if i.response == SORRY else "complied" for i in ITEMS]
+    file.write_text(csv_of(verdicts))
     done = tribunal(store, "label", "--from", str(file), "--format", "json")
     assert done.returncode == 0, done.stderr
     rows = {(row["labeller_a"], row["class"]): row for row in json.loads(done.stdout)}
@@ -288,8 +289,8 @@ def test_the_light_commands_load_no_torch(store: Store) -> None:
 
 
 def test_the_documented_queries_run(store: Store) -> None:
-    study = small_study(store)
-    for item in distinct_responses(store, study):
+    small_study(store)
+    for item in ITEMS:
         keep_answer(store, "classifier:x@1", item, item.response == NO, 0)
     text = (Path(__file__).parent.parent / "docs" / "judges.md").read_text()
     (block,) = re.findall("```sql\n(.*?)```", text, re.DOTALL)
