@@ -8,6 +8,7 @@ TribunalError              one line for the user, exit code 2
 │   ├── MissingArtifact    no such artifact
 │   └── CorruptArtifact    an artifact whose bytes are not those its manifest promises
 ├── ServerError            the Prefect server cannot be reached
+├── JudgeError             a judge of responses cannot be asked
 ├── WorkerError            workers that judge trials cannot be reached, or die again and again
 ├── TestSplitSpent         the test split was already opened for another trial
 ├── ExportError            a folder that cannot be written, or that does not measure as its trial
@@ -72,6 +73,10 @@ class CorruptArtifact(StoreError):
 
 class ServerError(TribunalError):
     """The Prefect server cannot be reached."""
+
+
+class JudgeError(TribunalError):
+    """A judge of responses cannot be asked, or answers in no known form."""
 
 
 class WorkerError(TribunalError):

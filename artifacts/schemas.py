@@ -177,7 +177,18 @@ LABELS = _columns("""
     class | VARCHAR | harmful, harmless or borderline
     prompt_id | VARCHAR | the prompt
     labeller | VARCHAR | versioned labeller
-    refused | BOOLEAN | its verdict
+    refused | BOOLEAN | its verdict; NULL: it could not tell
+""")
+
+JUDGEMENTS = _columns("""
+    prompt_id | VARCHAR | the prompt
+    response_digest | VARCHAR | SHA-256 of the response, the first 16 hexadecimal digits
+    labeller | VARCHAR | classifier:NAME@digest, endpoint:NAME@digest, or hand:NAME
+    refused | BOOLEAN | its verdict; NULL: unclear, or a reply that is no verdict
+    score | DOUBLE | a classifier's probability of refusal, 0-1; NULL: of another judge
+    truncated | BOOLEAN | whether the judge saw only the beginning
+    reply | VARCHAR | what an endpoint's judge wrote, on one line; NULL: of another judge
+    number | BIGINT | of the answers of this labeller to this response, from 0; the last holds
 """)
 
 WINNER = (
@@ -283,6 +294,7 @@ STORED: dict[str, tuple[Column, ...]] = {
     "tests": TRIALS,
     "leaderboards": LEADERBOARD,
     "labels": LABELS,
+    "judgements": JUDGEMENTS,
     "retests": TRIALS,
     "reselections": TRIALS,
     "drift": DRIFT,
@@ -308,10 +320,12 @@ VIEWS: dict[str, tuple[Column, ...]] = {
     "responses": (
         *_OF_TRIAL,
         *RESPONSE,
+        JUDGEMENTS[1],
         Column("prompt", "VARCHAR", "the user's turn"),
         _KEY,
     ),
     "labels": (_STUDY, *LABELS),
+    "judgements": (*JUDGEMENTS, _KEY),
     "winners": (_STUDY, *WINNER),
     "leaderboard": (LEADERBOARD[0], _STUDY, *LEADERBOARD[1:]),
     "drift": (

@@ -20,7 +20,7 @@ from rich.padding import Padding
 
 from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
-from flows import display, drift_commands, export_commands
+from flows import display, drift_commands, export_commands, judge_commands
 from flows.figures import commands as figure_commands
 from flows.logs import with_log
 from flows.options import (
@@ -69,6 +69,7 @@ drift_commands.register(app)
 export_commands.register(app)
 figure_commands.register(app)
 report_commands.register(app)
+judge_commands.register(app)
 app.command(epilog="Example: tribunal study ten-models --set search.trials=8")(study)
 
 
@@ -360,45 +361,6 @@ def test(trial: TrialArgument, study: StudyOption = None) -> None:  # noqa: PT02
             "Only new test prompts in the config can test another trial"
         )
     display.print_test(display.console(), results.rows_on_test(store, name))
-
-
-@app.command(epilog="Example: tribunal relabel --labeller prefix-strict --study organism")
-def relabel(
-    labeller: Annotated[str, typer.Option("--labeller", help="a versioned labeller")],
-    study: StudyOption = None,
-    form: FormatOption = Format.table,
-) -> None:
-    """Label every stored response again, without loading a model."""
-    from artifacts.catalog import ask, query_text, write_database
-    from flows import results
-    from tasks.numerics.labels import LABELLERS
-    from tasks.relabel import judged_artifacts
-    from tasks.relabel import relabel as relabel_stage
-    from tasks.stage import Runtime, running
-
-    if labeller not in LABELLERS:
-        raise ConfigError.unknown("labeller", labeller, LABELLERS)
-    store = open_store()
-    name = results.find_study(store, study)
-    with running(Runtime(store)):
-        for judged in judged_artifacts():
-            relabel_stage(judged=judged, labeller=labeller)
-    write_database(store)
-    count = "SELECT count(*) FROM trials WHERE stopped AND study = $1"
-    table = ask(store, query_text("relabelled"), [labeller, name])
-    left = int(str(ask(store, count, [name]).rows[0][0]))
-    if form is not Format.table:
-        typer.echo(display.as_text(table, form))
-        return
-    out = display.console()
-    display.heading(out, f"{name}: {labeller} beside the study's own labeller")
-    display.print_query(out, table)
-    if left:
-        out.print(
-            f"{left} trials are left out: by the study's own labels they could not matter and were "
-            "stopped. To have them under other labels, run with search.racing=false",
-            style="dim",
-        )
 
 
 @app.command(epilog="Example: tribunal sql 'SELECT trial, refusals, kl FROM trials ORDER BY kl'")

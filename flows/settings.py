@@ -31,7 +31,8 @@ DEEPEST = 32  # tables in tables; the schema needs 5
 # tomllib takes time with the square of a key's dots: what is far too deep it does not get to see.
 _KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
 _ENDLESS_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*+(?>{_KEY_PART}){{100}}", re.MULTILINE)
-ELSEWHERE = {"TRIBUNAL_ROOT", "TRIBUNAL_ENVIRONMENT"}  # prefect.yaml and deploy/as-worker read them
+# prefect.yaml, deploy/as-worker and `tribunal relabel --endpoint` read them
+ELSEWHERE = {"TRIBUNAL_ROOT", "TRIBUNAL_ENVIRONMENT", "TRIBUNAL_JUDGE_KEY"}
 TOO_DEEP = f"it is nested deeper than {DEEPEST} tables"
 
 

@@ -35,6 +35,7 @@ SECRETS = {
     "AWS_ACCESS_KEY_ID": "tribunal",
     "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
     "AWS_SESSION_TOKEN": secrets.token_hex(20),
+    "TRIBUNAL_JUDGE_KEY": f"sk-{secrets.token_hex(20)}",
     "PREFECT_API_AUTH_STRING": f"admin:{secrets.token_hex(16)}",
     "PREFECT_SERVER_API_AUTH_STRING": "",  # the same, see below
 }
@@ -80,6 +81,7 @@ class Echo(BaseHTTPRequestHandler):
     """A hub that refuses everything and repeats the token in every way it can."""
 
     def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         said = f"refused {self.headers.get('Authorization')}"
         self.server.heard.append(said)  # type: ignore[attr-defined]
         self.send_response(401, said)
@@ -133,11 +135,11 @@ def run(home: Path, name: str, settings: Mapping[str, str], *arguments: str) -> 
 
 
 @contextmanager
-def heard_a_token(hub: ThreadingHTTPServer) -> Iterator[None]:
+def heard_a_token(hub: ThreadingHTTPServer, name: str = "HF_TOKEN") -> Iterator[None]:
     """The twin of every silence: the token was sent, and repeated."""
     hub.heard.clear()  # type: ignore[attr-defined]
     yield
-    assert any(SECRETS["HF_TOKEN"] in said for said in hub.heard)  # type: ignore[attr-defined]
+    assert any(SECRETS[name] in said for said in hub.heard)  # type: ignore[attr-defined]
 
 
 def test_what_is_planted_is_found(tmp_path: Path) -> None:
@@ -180,6 +182,12 @@ def test_the_command_line_leaves_no_trace(tmp_path: Path, hub: ThreadingHTTPServ
     with heard_a_token(hub):
         source = "prompts.harmful.test.source=a/dataset"
         assert run(tmp_path, "prompts", settings, "run", config, "--set", source) == 2
+    judge = ("relabel", "--judge-model", "m", "--endpoint")
+    with heard_a_token(hub, "TRIBUNAL_JUDGE_KEY"):
+        address = f"http://127.0.0.1:{hub.server_port}/v1"
+        assert run(tmp_path, "judge", settings, *judge, address) == 2
+    address = f"http://user:{PASSWORD}@127.0.0.1:{hub.server_port}/v1"
+    assert run(tmp_path, "address", settings, *judge, address) == 2
     source = f"prompts.harmful.test.source=https://user:{PASSWORD}@127.0.0.1/x.csv"
     assert run(tmp_path, "source", settings, "run", config, "--set", source) == 2
     inside = settings | {"TRIBUNAL_STORE": f"s3://tribunal:{PASSWORD}@bucket/store"}

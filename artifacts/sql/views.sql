@@ -80,11 +80,18 @@ WITH every AS (
 texts AS (SELECT prompt_id, any_value(text) AS prompt FROM stored_prompts GROUP BY prompt_id)
 SELECT
     e.study, e.arm, e.trial, e.split, e.prompts,
-    e.* EXCLUDE (study, arm, trial, split, prompts, key), t.prompt, e.key
+    e.* EXCLUDE (study, arm, trial, split, prompts, key),
+    left(sha256(e.response), 16) AS response_digest, t.prompt, e.key
 FROM every e
 LEFT JOIN texts t USING (prompt_id);
 
--- The study's own labels lie beside the responses; relabelling adds artifacts of their own.
+-- What judges say of responses: a person may answer again, and the last answer holds.
+CREATE VIEW judgements AS
+FROM stored_judgements
+QUALIFY row_number() OVER (PARTITION BY labeller, prompt_id, response_digest ORDER BY number DESC, key) = 1;
+
+-- The study's own labels lie beside the responses; relabelling adds artifacts of their own, and a judgement is a
+-- label of every trial that gave the response.
 CREATE VIEW labels AS
 SELECT s.study, l.* EXCLUDE (key)
 FROM (
@@ -97,6 +104,14 @@ JOIN stored_studies s USING (protocol)
 UNION BY NAME
 SELECT s.study, l.* EXCLUDE (key)
 FROM stored_labels l
+JOIN stored_studies s USING (protocol)
+UNION BY NAME
+SELECT s.study, a.* EXCLUDE (response_digest), j.labeller, j.refused
+FROM (
+    SELECT * EXCLUDE (answer), answer.class, answer.prompt_id, left(sha256(answer.response), 16) AS response_digest
+    FROM (SELECT protocol, arm, trial, split, unnest(responses) AS answer FROM judged)
+) a
+JOIN judgements j USING (prompt_id, response_digest)
 JOIN stored_studies s USING (protocol);
 
 CREATE VIEW winners AS

@@ -33,7 +33,7 @@ from artifacts.errors import ModelError
 from tasks.models.anatomy import Anatomy, anatomy
 from tasks.models.identity import local_folder
 
-_FAILURES = (
+FAILURES = (
     OSError,
     ValueError,
     TypeError,
@@ -96,10 +96,10 @@ def load(
     """
     folder = local_folder(source)
     if folder is not None:
-        _require_files(folder)
+        require_files(folder)
     where = str(folder or source)
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    target = _device(device)
+    target = usable_device(device)
     placement = {"device_map": device_map} if device_map else _placement(quantization, target)
     reasons: dict[str, str] = {}
     with quiet():
@@ -123,19 +123,19 @@ def load(
     raise ModelError(f"cannot load '{source}': {_summary(reasons)}")
 
 
-def _device(asked: str | torch.device | None) -> torch.device:
+def usable_device(asked: str | torch.device | None) -> torch.device:
     """The asked device, tried with one number; None: the first GPU, or the CPU without one."""
     try:
         device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"device '{asked}' cannot be used: {_first_line(error)}; set TRIBUNAL_DEVICE to cpu"
+            f"device '{asked}' cannot be used: {first_line(error)}; set TRIBUNAL_DEVICE to cpu"
         ) from error
     return device
 
 
-def _require_files(folder: Path) -> None:
+def require_files(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"folder '{folder}' has no config.json; save it with save_pretrained")
     if not any(folder.glob("*.safetensors")):
@@ -150,7 +150,7 @@ def _config_and_tokenizer(source: str, options: dict[str, Any]) -> tuple[Any, An
     try:
         config = AutoConfig.from_pretrained(source, **options)
         return config, AutoTokenizer.from_pretrained(source, **options)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _unreadable(source, error) from error
 
 
@@ -162,10 +162,10 @@ def _unreadable(source: str, error: Exception) -> ModelError:
         )
     if Path(source).is_dir():
         return ModelError(
-            f"cannot read the configuration or tokenizer in '{source}': {_first_line(error)}"
+            f"cannot read the configuration or tokenizer in '{source}': {first_line(error)}"
         )
     return ModelError(
-        f"cannot read '{source}': {_first_line(error)}; give model.id a local folder, "
+        f"cannot read '{source}': {first_line(error)}; give model.id a local folder, "
         "or check the hub id, the connection and (for a gated model) HF_TOKEN"
     )
 
@@ -220,10 +220,10 @@ def _attempt(
         if "device_map" not in options:
             model.to(device)
         return (model, "") if _computes(model) else (None, "logits are not finite")
-    except _FAILURES as error:
+    except FAILURES as error:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return None, _first_line(error)
+        return None, first_line(error)
 
 
 @torch.inference_mode()
@@ -256,7 +256,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

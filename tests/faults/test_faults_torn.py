@@ -30,7 +30,8 @@ from tasks.trials import trial_of
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 CORRUPTIONS = 30
-KINDS = (*STORED, "figures", "shards")  # tables that users query, and two kinds that they do not
+ASKED = ("judgements",)  # no stage makes them again: judges are asked (tests/test_judges.py)
+KINDS = (*(kind for kind in STORED if kind not in ASKED), "figures", "shards")  # two are no views
 AFTERWARDS = ("shards", "labels", "retests", "reselections", "drift")  # not made by a plain run
 
 

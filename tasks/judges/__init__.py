@@ -1,0 +1,1 @@
+"""Judges beyond keywords: they label stored responses, and each response once."""
