@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
-from rich.padding import Padding
 
 from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
-from flows import display, drift_commands, export_commands
+from flows import damage_commands, display, drift_commands, export_commands, sql_commands
 from flows.figures import commands as figure_commands
 from flows.logs import with_log
 from flows.options import (
@@ -66,6 +65,8 @@ app.add_typer(organism_app, name="organism")
 app.command()(worker)
 drift_commands.register(app)
 export_commands.register(app)
+damage_commands.register(app)
+sql_commands.register(app)
 figure_commands.register(app)
 app.command(epilog="Example: tribunal study ten-models --set search.trials=8")(study)
 
@@ -398,38 +399,6 @@ def relabel(
             "stopped. To have them under other labels, run with search.racing=false",
             style="dim",
         )
-
-
-@app.command(epilog="Example: tribunal sql 'SELECT trial, refusals, kl FROM trials ORDER BY kl'")
-def sql(
-    query: Annotated[str | None, typer.Argument(metavar="SELECT", help="one SELECT")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="print views and columns")] = False,
-    form: FormatOption = Format.table,
-) -> None:
-    """Query the store with DuckDB's SQL, read-only."""
-    from artifacts.catalog import Table, user_query
-    from artifacts.schemas import VIEWS
-
-    out = display.console()
-    if schema:
-        rows = tuple((v, c.name, c.type, c.meaning) for v, cols in VIEWS.items() for c in cols)
-        if form is not Format.table:
-            columns = ("view", "column", "type", "meaning")
-            typer.echo(display.as_text(Table(columns, rows), form))
-            return
-        for view, columns_of in VIEWS.items():
-            display.heading(out, view)
-            for column in columns_of:
-                out.print(f"  {column.name} ({column.type})", style="cyan")
-                out.print(Padding(column.meaning, (0, 0, 0, 6)))
-        return
-    if query is None:
-        raise ConfigError("give a SELECT, or --schema to see what can be queried")
-    table = user_query(open_store(), query)
-    if form is Format.table:
-        display.print_query(out, table)
-    else:
-        typer.echo(display.as_text(table, form))
 
 
 @app.command()

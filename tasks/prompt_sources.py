@@ -140,6 +140,16 @@ def read_values(
     ]
 
 
+def columns_of(source: PromptSource, base: Path | None = None) -> list[str]:
+    """The columns that a source has.
+
+    Raises:
+        PromptError: no such source or split.
+    """
+    name, *_ = _parse_split(source.split)
+    return list(_open(source, str(name), base).columns)
+
+
 def source_identity(source: PromptSource, base: Path | None = None) -> dict[str, Json]:
     """What of a source counts in an artifact's key: every field, with content in place of a path.
 
