@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
 from flows import display
@@ -84,12 +85,12 @@ def damage(
     display.print_rows(out, columns, [_cells(row) for row in rows])
     display.heading(out, "Mean KL by place in the response, nats")
     _print_curves(rows)
-    for line in (
-        "KL(unedited || edited), nats, mean over prompts; intervals: bootstrap over prompts.",
-        "first token: what the ranking uses. changed: tokens whose likeliest token is another.",
-        "* frozen. Per prompt: tribunal sql 'FROM sequence_kl'",
-    ):
-        out.print(Text(line, style="dim"))
+    told = (
+        "KL(unedited || edited), nats, means over prompts; intervals: bootstrap over prompts. First "
+        "token: what the ranking uses. Changed: tokens where the edited model's likeliest is "
+        "another. * frozen. Per prompt: tribunal sql 'FROM sequence_kl'"
+    )
+    out.print(Text(told, style="dim"))
 
 
 def _measured(store: Store, found: Sequence[StoredTrial]) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ def _measured(store: Store, found: Sequence[StoredTrial]) -> list[dict[str, Any]
 
 
 @contextmanager
-def _one_model(store: Store, work: int) -> Iterator[None]:
+def _one_model(store: Store, work: int, bars: bool = True) -> Iterator[None]:
     """Stages run here, on the first device of the settings, with progress."""
     from flows.logs import with_log
     from flows.progress import Progressing
@@ -112,7 +113,10 @@ def _one_model(store: Store, work: int) -> Iterator[None]:
     from tasks.stage import Runtime, running
 
     settings = Settings.from_environment()
-    with Progressing(display.console(stderr=True), work) as bar:
+    console = display.console(stderr=True)
+    if not bars:
+        console = Console(stderr=True, force_terminal=False)
+    with Progressing(console, work) as bar:
         reporter = with_log(settings.log, store, bar)
         place = settings.places[0]
         with running(Runtime(store, reporter, place, settings.device_map, settings.rows)):
@@ -155,10 +159,9 @@ def capability(
 
     The edit is applied by hooks, as in a trial. Needs: pip install -e '.[lm-eval]'.
     """
-    from tasks.capability import Asked, measure_capability, require_lm_eval, require_tasks
-
     from artifacts.catalog import write_database
     from flows import damage as measuring
+    from tasks.capability import Asked, measure_capability, require_lm_eval, require_tasks
 
     require_lm_eval()
     asked = Asked(
@@ -171,7 +174,7 @@ def capability(
     require_tasks(asked)
     store = open_store()
     (stored,) = measuring.trials_to_measure(store, trial, study)
-    with _one_model(store, 2):
+    with _one_model(store, 2, bars=False):  # lm-eval has its own
         base, edited = (measure_capability(stored, asked, edited=e) for e in (False, True))
         rows = measuring.compare_capabilities(store, base, edited)
     write_database(store)
@@ -182,20 +185,20 @@ def capability(
     display.heading(out, f"Trial {stored.row['trial']} of {stored.study} on tasks of lm-eval")
     columns = ("task", "metric", "n", "unedited", "edited", "difference (95 %)")
     display.print_rows(out, columns, [_task_cells(row) for row in rows])
-    for line in (
-        "unedited, edited: value ± standard error. Difference: edited - unedited, over the same",
-        "documents; Newcombe's paired interval where each counts 0 or 1, else bootstrap of pairs.",
-    ):
-        out.print(Text(line, style="dim"))
+    told = (
+        "Values ± standard error. Difference: edited - unedited over the same documents; the "
+        "interval is Newcombe's for pairs where each counts 0 or 1, else a bootstrap of pairs."
+    )
+    out.print(Text(told, style="dim"))
 
 
 def _task_cells(row: Mapping[str, Any]) -> list[str]:
     def value(side: str) -> str:
         error = row[f"{side}_stderr"]
-        return f"{row[side]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        return f"{row[side]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
-    change = f"{row['difference']:+.4f}"
+    change = f"{row['difference']:+.3f}"
     if row["low"] is not None:
-        change += f" ({row['low']:+.4f} to {row['high']:+.4f})"
+        change += f" ({row['low']:+.3f} to {row['high']:+.3f})"
     named = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
     return [row["task"], named, str(row["n"]), value("unedited"), value("edited"), change]

@@ -161,7 +161,7 @@ def source_identity(source: PromptSource, base: Path | None = None) -> dict[str,
     identity: dict[str, Json] = source.model_dump(mode="json")
     path = _local_path(source.source, base)
     if path is not None:
-        identity["source"] = {"sha256": _content_digest(path)}
+        identity["source"] = {"sha256": content_digest(path)}
     return identity
 
 
@@ -289,7 +289,7 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _content_digest(path: Path) -> str:
+def content_digest(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files (hidden ones aside)."""
     try:
         if path.is_file():
@@ -427,7 +427,7 @@ _FILES = (".parquet", *_TEXT_FILES)
 
 def _from_folder(path: Path, source: PromptSource, split: str) -> _Table:
     """A folder written by `save_to_disk`, or a downloaded hub repository."""
-    name, resolved = f"'{path.name}'", f"{path.name} sha256:{_content_digest(path)}"
+    name, resolved = f"'{path.name}'", f"{path.name} sha256:{content_digest(path)}"
     own, splits = path / split, path / "dataset_dict.json"
     if (own / "state.json").is_file():
         return _table(_load_from_disk(own), name, resolved)

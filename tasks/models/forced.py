@@ -135,7 +135,7 @@ def _compare(
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
     step = max(1, LENS_NUMBERS // loaded.model.get_output_embeddings().weight.shape[0])
     kls, changes = [], []
-    for one, other in zip(base.split(step), edited.split(step), strict=True):
+    for one, other in zip(torch.split(base, step), torch.split(edited, step), strict=True):
         p, q = lens(loaded, one), lens(loaded, other)
         kls.append(first_token_kl(p, q).cpu())
         changes.append((p.argmax(-1) != q.argmax(-1)).cpu())
