@@ -86,7 +86,7 @@ def damage(
     display.heading(out, "Mean KL by place in the response, nats")
     _print_curves(rows)
     told = (
-        "KL(unedited || edited), nats, means over prompts; intervals: bootstrap over prompts. First "
+        "KL(unedited || edited), nats, means over prompts; intervals: bootstrap of prompts. First "
         "token: what the ranking uses. Changed: tokens where the edited model's likeliest is "
         "another. * frozen. Per prompt: tribunal sql 'FROM sequence_kl'"
     )
