@@ -97,7 +97,7 @@ def print_query(out: Console, table: Table) -> None:
         min(max(map(len, column)), WRAPPED if wrap else WIDTH + 1)
         for column, wrap in zip(columns, wrapped, strict=True)
     ]
-    if sum(widths) + 2 * len(widths) <= out.width:
+    if sum(widths) + 2 * (len(widths) - 1) <= out.width:
         out.print(_grid(table.columns, cells, wrapped))
     else:
         for number, row in enumerate(cells, 1):

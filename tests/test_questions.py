@@ -692,10 +692,12 @@ def test_any_client_opens_the_file_and_finds_the_questions(
     assert views == [each.view for each in questions()]
 
 
-def test_a_file_shows_what_is_stored_later(tmp_path: Path) -> None:
+def test_our_own_file_is_written_anew_and_shows_what_is_stored_later(tmp_path: Path) -> None:
     made = Store(tmp_path / "store")
     put_study(made, trial_row(0))
-    file = write_database(made, tmp_path / "views.duckdb")
+    for _ in range(2):
+        file = write_database(made, tmp_path / "views.duckdb")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "views.duckdb"]
     put_table(made, "prompts", pl.DataFrame({"text": ["later"]}))
     put_table(made, "winners", pl.DataFrame({"protocol": [PROTOCOL], "trial": [0]}))
     with duckdb.connect(str(file), read_only=True) as connection:
@@ -717,11 +719,3 @@ def test_nothing_of_others_is_replaced(content: bytes | None, tmp_path: Path) ->
         write_database(made, file)
     assert file.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.duckdb", "store"]
-
-
-def test_our_own_file_is_written_anew(tmp_path: Path) -> None:
-    made, file = Store(tmp_path / "store"), tmp_path / "views.duckdb"
-    put_study(made, trial_row(0))
-    for _ in range(2):
-        assert write_database(made, file) == file
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "views.duckdb"]
