@@ -1,4 +1,4 @@
-"""KL along responses is the float64 sum over hand-edited weights, exactly 0 for no edit, and more."""
+"""KL along responses: that of float64 weights edited by hand, exactly 0 for no edit, told whole."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_it_is_the_float64_kl_of_weights_edited_by_hand() -> None:
     vectors = torch.nn.functional.normalize(
         torch.randn(LAYERS, held.anatomy.hidden_size, generator=generator), dim=-1
     )
-    weight = 0.7
+    weight = 6.0  # a large edit, whose KL differs from that the other way round
     edit = build_edit(
         held.anatomy,
         dict.fromkeys(COMPONENTS, vectors),
@@ -84,7 +84,7 @@ def test_it_is_the_float64_kl_of_weights_edited_by_hand() -> None:
         expected = plain(base, edited, prompt, response)
         np.testing.assert_allclose(found.kl, expected, rtol=1e-3, atol=1e-6)
         wrong = plain(edited, base, prompt, response)
-        assert not np.allclose(found.kl, wrong, rtol=1e-2), "KL has a direction"
+        assert not np.allclose(found.kl, wrong, rtol=1e-2, atol=1e-3), "KL has a direction"
 
 
 @pytest.mark.parametrize("name", each([name for name in sorted(COMMON) if name != "llama"]))
@@ -235,6 +235,7 @@ def test_it_stays_as_long_as_its_study(finished: Store) -> None:
     assert (ref.kind, ref.key) not in reachable(orphans, set())
 
 
+@pytest.mark.slow
 def test_the_command_tells_the_winner_and_its_fellow_candidates(
     finished: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
