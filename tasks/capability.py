@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -188,7 +189,9 @@ def _run(
     return found
 
 
+@lru_cache(maxsize=1)
 def _manager(asked: Asked) -> Any:
+    """lm-eval's index of its tasks, thousands of files: made once."""
     with _quiet(), _reported(asked):
         from lm_eval.tasks import TaskManager
 
