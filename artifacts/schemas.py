@@ -252,7 +252,7 @@ SEQUENCE_KL = _columns("""
     prompt_id | VARCHAR | harmless prompt of the search split
     n_tokens | BIGINT | predicted tokens of the unedited response, its end included
     kl_first | DOUBLE | KL(unedited || edited) at the first token, nats: the KL of the ranking
-    kl_sum | DOUBLE | sum over the response's tokens, nats: KL of the two distributions along it
+    kl_sum | DOUBLE | sum over the response's tokens, nats
     kl_mean | DOUBLE | kl_sum / n_tokens, nats per token
     kl_max | DOUBLE | its largest value at one token, nats
     kl_max_at | BIGINT | that token's number, from 0
