@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -16,18 +17,20 @@ from typing import Any
 import duckdb
 import polars as pl
 import pytest
+from rich.console import Console
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 from small_study import tribunal as run_tribunal
 from small_study import write_config
 from trial_rows import PROTOCOL, put_study, put_table, response, trial_row
 
-from artifacts.catalog import catalog, fetch, user_query, write_database
+from artifacts.catalog import Table, catalog, fetch, user_query, write_database
 from artifacts.errors import ConfigError, PromptError, QueryError, StoreError
 from artifacts.questions import Question, question, questions
 from artifacts.schemas import NEAR_DUPLICATES, VIEWS, polars_schema
 from artifacts.sql_guard import refuse_all_but_select
 from artifacts.store import Manifest, Store
+from flows import display
 from flows.categories import store_categories
 from flows.cli import app
 from flows.drift import check_winners, winners_to_check
@@ -719,3 +722,25 @@ def test_nothing_of_others_is_replaced(content: bytes | None, tmp_path: Path) ->
         write_database(made, file)
     assert file.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.duckdb", "store"]
+
+
+# Answers on 80 columns
+
+
+def shown(*rows: tuple[Any, ...]) -> list[str]:
+    buffer = io.StringIO()
+    out = Console(file=buffer, width=80, no_color=True)
+    display.print_query(out, Table(("key", "text"), rows))
+    return [line.rstrip() for line in buffer.getvalue().splitlines()]
+
+
+def test_sentences_are_wrapped_and_keys_never() -> None:
+    key, sentence = "f" * 40, " ".join(["word"] * 20)
+    table = shown((key, sentence))
+    assert max(map(len, table)) <= 80
+    assert sum(key in line for line in table) == 1
+    assert " ".join(" ".join(table[2:-1]).replace(key, "").split()) == sentence
+    records = shown((key, "w" * 60))
+    assert records[0].startswith("-- 1 -")
+    assert f"text  {'w' * 60}" in records
+    assert shown() == ["key  text", "─" * 9, "0 rows"]
