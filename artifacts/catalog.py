@@ -7,6 +7,7 @@ same views in a file for any DuckDB client.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ import duckdb
 from artifacts.errors import DamageWarning, QueryError, StoreError
 from artifacts.figure_schemas import FIGURES
 from artifacts.places import WORKSHOPS
+from artifacts.questions import FOLDER, questions
 from artifacts.sandbox import run_apart
 from artifacts.schemas import NESTED, RESPONSE, TABLES, TRIALS, Column, polars_schema
 from artifacts.sql_guard import refuse_all_but_select
@@ -108,24 +110,32 @@ def user_query(store: Store, sql: str, time_limit: float = TIME_LIMIT) -> Table:
     return Table(*run_apart(store.location, sql, time_limit))
 
 
-def write_database(store: Store) -> Path | None:
-    """Write `<store>/tribunal.duckdb`, holding the views only, for any DuckDB client.
+def write_database(store: Store, file: Path | None = None) -> Path | None:
+    """Write a file of views, which read the store by absolute paths, for any DuckDB client.
+
+    By default `<store>/tribunal.duckdb`, which every run writes anew. Another `file` replaces none
+    but one of ours, and has the worked questions in its schema `questions`; to bind those views
+    takes about a second, too long for every run.
 
     None for a store in object storage, where a client needs its own means to read the files.
 
     Raises:
-        StoreError: it cannot be written.
+        StoreError: it cannot be written, or something else is there.
     """
     if store.place.remote:
         return None
-    final = store.root / "tribunal.duckdb"
+    final = store.root / "tribunal.duckdb" if file is None else file.absolute()
+    if file is not None:
+        _refuse_to_replace(final)
     workshop = store.root / WORKSHOPS / f"tribunal-duckdb-{uuid.uuid4().hex}"
     with store.lock("tribunal", "duckdb"):  # whose name makes the workshop ours, and a leftover
         try:
             workshop.mkdir(parents=True)
             with closing(duckdb.connect(str(workshop / final.name))) as connection:
                 _create_views(connection, store, glob=True)
-            (workshop / final.name).replace(final)
+                if file is not None:
+                    _create_question_views(connection)
+            _move(workshop / final.name, final)
         except (OSError, duckdb.IOException) as error:
             said = first_line(error)
             raise StoreError(
@@ -134,6 +144,48 @@ def write_database(store: Store) -> Path | None:
         finally:
             shutil.rmtree(workshop, ignore_errors=True)
     return final
+
+
+def _move(made: Path, final: Path) -> None:
+    """Rename a file; to another disk by a copy beside the place, so that no half is ever there."""
+    try:
+        made.replace(final)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
+        try:
+            shutil.copyfile(made, beside)
+            beside.replace(final)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _refuse_to_replace(file: Path) -> None:
+    """Leave alone what is no database of ours, or has no folder to be in.
+
+    Raises:
+        StoreError: it is there, or its folder is not.
+    """
+    if not file.parent.is_dir():
+        raise StoreError(f"no folder '{file.parent}' for the database; make it first")
+    if file.exists() or file.is_symlink():
+        try:
+            with closing(duckdb.connect(str(file), read_only=True)) as connection:
+                ours = connection.execute(
+                    "SELECT count(*) FROM duckdb_views() WHERE view_name = 'stored_generations'"
+                ).fetchone() == (1,)
+        except duckdb.Error:
+            ours = False
+        if not ours:
+            raise StoreError(f"'{file}' is no database of Tribunal; choose another name")
+
+
+def _create_question_views(connection: duckdb.DuckDBPyConnection) -> None:
+    """The worked questions as views of a schema of their own."""
+    connection.execute(f"CREATE SCHEMA {FOLDER}")
+    for question in questions():
+        connection.execute(f"CREATE VIEW {FOLDER}.{question.view} AS {question.sql}")
 
 
 def rank_frame(trials: pl.DataFrame) -> pl.DataFrame:

@@ -36,6 +36,14 @@ NEAR_DUPLICATES = _columns("""
     jaccard | DOUBLE | shared content words as a fraction of all content words, 0-1
 """)
 
+CATEGORIES = _columns("""
+    class | VARCHAR | harmful, harmless or borderline
+    split | VARCHAR | direction, search, selection or test
+    prompt_id | VARCHAR | the prompt
+    source_column | VARCHAR | column of the prompt's source that holds the category
+    category | VARCHAR | what stands there
+""")
+
 MODELS = _columns("""
     identity | VARCHAR | repository revision, or digest of config, weights, tokenizer and template
     architecture | VARCHAR | transformers class
@@ -248,6 +256,36 @@ DRIFT = _columns("""
     verdict | VARCHAR | of the winner: unchanged, within noise, drifted, lost its place or gated
 """)
 
+SEQUENCE_KL = _columns("""
+    protocol | VARCHAR | the study's protocol
+    arm | VARCHAR | search preset
+    trial | BIGINT | number of the trial
+    prompt_id | VARCHAR | harmless prompt of the search split
+    n_tokens | BIGINT | predicted tokens of the unedited response, its end included
+    kl_first | DOUBLE | KL(unedited || edited) at the first token, nats: the KL of the ranking
+    kl_sum | DOUBLE | sum over the response's tokens, nats
+    kl_mean | DOUBLE | kl_sum / n_tokens, nats per token
+    kl_max | DOUBLE | its largest value at one token, nats
+    kl_max_at | BIGINT | that token's number, from 0
+    changed | BIGINT | tokens where the edited model's likeliest token is not the unedited model's
+    curve | FLOAT[] | mean KL, nats, at tokens 0, 1, 2-3, 4-7, 8-15, ... as far as the response goes
+""")
+
+CAPABILITIES = _columns("""
+    protocol | VARCHAR | the study's protocol; NULL: the unedited model
+    arm | VARCHAR | search preset, or unedited
+    trial | BIGINT | number of the trial; NULL: unedited
+    model | VARCHAR | key of the model artifact
+    task | VARCHAR | name of the lm-eval task
+    metric | VARCHAR | its metric
+    filter | VARCHAR | what lm-eval did to the responses before; none: nothing
+    higher_is_better | BOOLEAN | as the task says; NULL: it does not say
+    value | DOUBLE | the metric, in its own unit
+    stderr | DOUBLE | its standard error as lm-eval gives it; NULL: it gives none
+    n | BIGINT | documents
+    scores | FLOAT[] | the metric per document, in their order; NULL: no plain mean of documents
+""")
+
 _POLARS = {
     "VARCHAR": "String",
     "BIGINT": "Int64",
@@ -281,6 +319,7 @@ def _scalar(name: str) -> pl.DataType:
 STORED: dict[str, tuple[Column, ...]] = {
     "prompts": PROMPTS,
     "near_duplicates": NEAR_DUPLICATES,
+    "categories": CATEGORIES,
     "models": MODELS,
     "activations": ACTIVATIONS,
     "directions": DIRECTIONS,
@@ -298,6 +337,8 @@ STORED: dict[str, tuple[Column, ...]] = {
     "retests": TRIALS,
     "reselections": TRIALS,
     "drift": DRIFT,
+    "sequence_kl": SEQUENCE_KL,
+    "capabilities": CAPABILITIES,
 }
 TABLES = STORED | FIGURES  # every kind with a table
 JUDGED = ("generations", "finals", "selections", "tests")  # a study's own trials
@@ -312,6 +353,7 @@ _OF_TRIAL = (_STUDY, *TRIALS[1:5])
 VIEWS: dict[str, tuple[Column, ...]] = {
     "prompts": (*PROMPTS, _KEY),
     "near_duplicates": (*NEAR_DUPLICATES, _KEY),
+    "categories": (*CATEGORIES, _KEY),
     "models": (*MODELS, _KEY),
     "activations": (*ACTIVATIONS, Column("model", "VARCHAR", "key of the model artifact"), _KEY),
     "directions": (*DIRECTIONS, _KEY),
@@ -336,6 +378,8 @@ VIEWS: dict[str, tuple[Column, ...]] = {
         _KEY,
     ),
     "remeasured": (_STUDY, *TRIALS, _CREATED, _KEY),
+    "sequence_kl": (_STUDY, *SEQUENCE_KL, _KEY),
+    "capabilities": (_STUDY, *CAPABILITIES, _KEY),
     "artifacts": _columns("""
         kind | VARCHAR | kind of artifact
         key | VARCHAR | its key

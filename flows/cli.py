@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
-from rich.padding import Padding
 
 from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
-from flows import display, drift_commands, export_commands, judge_commands
+from flows import (
+    damage_commands,
+    display,
+    drift_commands,
+    export_commands,
+    judge_commands,
+    sql_commands,
+)
 from flows.figures import commands as figure_commands
 from flows.logs import with_log
 from flows.options import (
@@ -67,6 +73,8 @@ app.add_typer(organism_app, name="organism")
 app.command()(worker)
 drift_commands.register(app)
 export_commands.register(app)
+damage_commands.register(app)
+sql_commands.register(app)
 figure_commands.register(app)
 report_commands.register(app)
 judge_commands.register(app)
@@ -361,38 +369,6 @@ def test(trial: TrialArgument, study: StudyOption = None) -> None:  # noqa: PT02
             "Only new test prompts in the config can test another trial"
         )
     display.print_test(display.console(), results.rows_on_test(store, name))
-
-
-@app.command(epilog="Example: tribunal sql 'SELECT trial, refusals, kl FROM trials ORDER BY kl'")
-def sql(
-    query: Annotated[str | None, typer.Argument(metavar="SELECT", help="one SELECT")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="print views and columns")] = False,
-    form: FormatOption = Format.table,
-) -> None:
-    """Query the store with DuckDB's SQL, read-only."""
-    from artifacts.catalog import Table, user_query
-    from artifacts.schemas import VIEWS
-
-    out = display.console()
-    if schema:
-        rows = tuple((v, c.name, c.type, c.meaning) for v, cols in VIEWS.items() for c in cols)
-        if form is not Format.table:
-            columns = ("view", "column", "type", "meaning")
-            typer.echo(display.as_text(Table(columns, rows), form))
-            return
-        for view, columns_of in VIEWS.items():
-            display.heading(out, view)
-            for column in columns_of:
-                out.print(f"  {column.name} ({column.type})", style="cyan")
-                out.print(Padding(column.meaning, (0, 0, 0, 6)))
-        return
-    if query is None:
-        raise ConfigError("give a SELECT, or --schema to see what can be queried")
-    table = user_query(open_store(), query)
-    if form is Format.table:
-        display.print_query(out, table)
-    else:
-        typer.echo(display.as_text(table, form))
 
 
 @app.command()

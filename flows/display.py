@@ -19,6 +19,7 @@ from artifacts.catalog import Table
 from artifacts.specs import COMPONENTS
 
 WIDTH = 80
+WRAPPED = 30  # characters: the least width of a column of sentences
 CONTROLS = ("unedited", "identity", "random-direction", "over-edit")
 Row = Mapping[str, Any]
 
@@ -85,15 +86,19 @@ def plain(value: Any) -> Any:
 
 
 def print_query(out: Console, table: Table) -> None:
-    """A query's answer as a table; one that is too wide is printed record by record."""
+    """A query's answer as a table; one that is too wide is printed record by record.
+
+    Columns of sentences may be wrapped, down to a readable width; what has no spaces never is.
+    """
     cells = [[_cell(value) for value in row] for row in table.rows]
-    widths = (
-        [max(map(len, column)) for column in zip(table.columns, *cells, strict=True)]
-        if table.columns
-        else []
-    )
-    if sum(widths) + 3 * len(widths) <= out.width:
-        out.print(_grid(table.columns, cells))
+    columns = list(zip(table.columns, *cells, strict=True))
+    wrapped = [any(" " in cell for cell in column[1:]) for column in columns]
+    widths = [
+        min(max(map(len, column)), WRAPPED if wrap else WIDTH + 1)
+        for column, wrap in zip(columns, wrapped, strict=True)
+    ]
+    if sum(widths) + 2 * (len(widths) - 1) <= out.width:
+        out.print(_grid(table.columns, cells, wrapped))
     else:
         for number, row in enumerate(cells, 1):
             out.print(Text(f"-- {number} " + "-" * 20, style="dim"))
@@ -289,8 +294,13 @@ def _table(*columns: str, left: int = 0) -> Grid:
     return grid
 
 
-def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Grid:
+def _grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], wrapped: Sequence[bool] | None = None
+) -> Grid:
+    """A left-aligned table. `wrapped`: which columns may be; default: any."""
     grid = _table(*columns, left=len(columns))
+    for column, wrap in zip(grid.columns, wrapped or [True] * len(columns), strict=True):
+        column.no_wrap = not wrap
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     return grid

@@ -19,7 +19,9 @@ ROOTS = (
     *("judgements", "pictures", *FIGURES),  # a judgement may have cost money, or a person's time
 )
 OF_A_STUDY = ("generations", "finals", "selections")  # belong to a study that made their protocol
-REMARKS = ("near_duplicates",)  # made from what studies use, and used by none
+REMARKS = (  # made from what studies use, and used by none
+    *("near_duplicates", "categories", "sequence_kl", "capabilities"),
+)
 READERS = 8
 
 Node = tuple[str, str]  # kind and key
@@ -91,7 +93,7 @@ def collect(store: Store, doomed: list[Doomed]) -> Iterator[Doomed]:
 def reachable(manifests: Mapping[Node, Manifest], used: set[Node]) -> set[Node]:
     """Everything that a root or a running build was made from, and what belongs to a study.
 
-    With it goes what is said of it: overlaps between prompt sets that are all kept.
+    With it goes what is said of it: overlaps between prompt sets that are all kept, say.
     """
     found: set[Node] = set()
     todo = [node for node in manifests if node[0] in ROOTS] + list(used)

@@ -140,6 +140,16 @@ def read_values(
     ]
 
 
+def columns_of(source: PromptSource, base: Path | None = None) -> list[str]:
+    """The columns that a source has.
+
+    Raises:
+        PromptError: no such source or split.
+    """
+    name, *_ = _parse_split(source.split)
+    return list(_open(source, str(name), base).columns)
+
+
 def source_identity(source: PromptSource, base: Path | None = None) -> dict[str, Json]:
     """What of a source counts in an artifact's key: every field, with content in place of a path.
 
@@ -151,7 +161,7 @@ def source_identity(source: PromptSource, base: Path | None = None) -> dict[str,
     identity: dict[str, Json] = source.model_dump(mode="json")
     path = _local_path(source.source, base)
     if path is not None:
-        identity["source"] = {"sha256": _content_digest(path)}
+        identity["source"] = {"sha256": content_digest(path)}
     return identity
 
 
@@ -279,7 +289,7 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _content_digest(path: Path) -> str:
+def content_digest(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files (hidden ones aside)."""
     try:
         if path.is_file():
@@ -417,7 +427,7 @@ _FILES = (".parquet", *_TEXT_FILES)
 
 def _from_folder(path: Path, source: PromptSource, split: str) -> _Table:
     """A folder written by `save_to_disk`, or a downloaded hub repository."""
-    name, resolved = f"'{path.name}'", f"{path.name} sha256:{_content_digest(path)}"
+    name, resolved = f"'{path.name}'", f"{path.name} sha256:{content_digest(path)}"
     own, splits = path / split, path / "dataset_dict.json"
     if (own / "state.json").is_file():
         return _table(_load_from_disk(own), name, resolved)

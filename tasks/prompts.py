@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 import polars as pl
 
 from artifacts.errors import PromptError
-from artifacts.schemas import NEAR_DUPLICATES, PROMPTS, polars_schema
+from artifacts.schemas import CATEGORIES, NEAR_DUPLICATES, PROMPTS, polars_schema
 from artifacts.specs import PromptSource
 from artifacts.store import Ref
-from tasks.prompt_sources import read_prompts, source_identity
+from tasks.prompt_sources import read_prompts, read_values, source_identity
 from tasks.stage import Made, current, stage
 
 
@@ -57,6 +57,35 @@ def check_sources(sources: Iterable[tuple[str, str, PromptSource]]) -> None:
     _refuse_shared(
         {name: [(p.prompt_id, p.text) for p in one.prompts] for name, one in found.items()}
     )
+
+
+@stage(
+    "categories",
+    version=1,
+    identify={"source": source_identity},
+    label=lambda column, **_: f"categories by {column}",
+)
+def categorize(*, prompts: Ref, source: PromptSource, column: str) -> Made:
+    """The category of every prompt of a set: what stands in another column of its row.
+
+    A prompt whose cell is empty is left out. The prompts' own artifact stays as it is, so that no
+    key of a study depends on how its prompts are grouped.
+
+    Raises:
+        PromptError: the source has no such column, or is not what the prompts were read from.
+    """
+    table = current().store.read(prompts)
+    cells = {row: values[column] for row, values in read_values(source, [column])}
+    if not cells.keys() >= set(table["row"]):
+        raise PromptError(f"'{source.source}' is not what these prompts were read from")
+    rows = [
+        {**told, "source_column": column, "category": str(cells[row])}
+        for row, told in zip(
+            table["row"], table.select("class", "split", "prompt_id").to_dicts(), strict=True
+        )
+        if cells[row] is not None
+    ]
+    return Made(pl.DataFrame(rows, schema=polars_schema(CATEGORIES)))
 
 
 @stage("near_duplicates", version=1, label=lambda prompts: "overlap of splits")

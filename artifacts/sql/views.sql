@@ -3,6 +3,7 @@
 
 CREATE VIEW prompts AS FROM stored_prompts;
 CREATE VIEW near_duplicates AS FROM stored_near_duplicates;
+CREATE VIEW categories AS FROM stored_categories;
 CREATE VIEW models AS FROM stored_models;
 CREATE VIEW directions AS FROM stored_directions;
 
@@ -142,3 +143,15 @@ SELECT s.study, r.* EXCLUDE (responses, key), a.created, r.key
 FROM (SELECT * FROM stored_retests UNION ALL BY NAME SELECT * FROM stored_reselections) r
 JOIN stored_studies s USING (protocol)
 JOIN artifacts a ON a.kind IN ('retests', 'reselections') AND a.key = r.key;
+
+-- How far a trial is from the unedited model along its responses.
+CREATE VIEW sequence_kl AS
+SELECT s.study, k.*
+FROM stored_sequence_kl k
+JOIN stored_studies s USING (protocol);
+
+-- Tasks of lm-eval. The unedited model belongs to no study, and is measured once for all of its studies.
+CREATE VIEW capabilities AS
+SELECT s.study, c.*
+FROM stored_capabilities c
+LEFT JOIN stored_studies s USING (protocol);

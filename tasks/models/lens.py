@@ -125,10 +125,10 @@ def measure_answers(
         counts.append(count)
     found: dict[int, Divergences] = {}
     with torch.inference_mode():
-        for batch in _passes(inputs, rows):
+        for batch in passes(inputs, rows):
             sizes = [counts[index] for index in batch]
             states, logits = _states(loaded, [inputs[index] for index in batch], sizes)
-            _require_same_head(loaded, states[-1], logits, sizes, batch)
+            require_same_head(loaded, states[-1], logits, sizes, batch)
             chosen = [token for i in batch for token in [*answers[i].tokens, ENDED][: counts[i]]]
             owners = [index for index in batch for _ in range(counts[index])]
             whole = _measure(loaded, states, chosen, owners, first_late)
@@ -141,7 +141,7 @@ def measure_answers(
     return [found[index] for index in range(len(inputs))]
 
 
-def _passes(inputs: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
+def passes(inputs: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
     """Batches of similar lengths, each of at most PASS_TOKENS tokens (or one row)."""
     for batch in by_length(inputs, rows):
         while batch:
@@ -163,7 +163,7 @@ def _states(
     width = ids.shape[1]
     last = torch.tensor(counts, device=loaded.device)
     kept = torch.arange(width, device=loaded.device) >= width - last[:, None]
-    with _keeping(loaded.anatomy.layers, kept) as states:
+    with keeping(loaded.anatomy.layers, kept) as states:
         output = loaded.model(
             input_ids=ids,
             attention_mask=mask,
@@ -175,7 +175,7 @@ def _states(
 
 
 @contextmanager
-def _keeping(layers: Sequence[nn.Module], kept: Tensor) -> Iterator[list[Tensor]]:
+def keeping(layers: Sequence[nn.Module], kept: Tensor) -> Iterator[list[Tensor]]:
     """A list that a forward pass fills with each layer's output at the kept places."""
     states: list[Tensor] = []
 
@@ -191,7 +191,7 @@ def _keeping(layers: Sequence[nn.Module], kept: Tensor) -> Iterator[list[Tensor]
             handle.remove()
 
 
-def _require_same_head(
+def require_same_head(
     loaded: LoadedModel,
     state: Tensor,
     logits: Tensor,
