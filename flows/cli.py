@@ -20,7 +20,7 @@ from rich.padding import Padding
 
 from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
-from flows import display, drift_commands, export_commands
+from flows import compare_commands, display, drift_commands, export_commands
 from flows.figures import commands as figure_commands
 from flows.logs import with_log
 from flows.options import (
@@ -64,6 +64,7 @@ organism_app = typer.Typer(help="The shipped model organism.")
 app.add_typer(store_app, name="store")
 app.add_typer(organism_app, name="organism")
 app.command()(worker)
+compare_commands.register(app)
 drift_commands.register(app)
 export_commands.register(app)
 figure_commands.register(app)
@@ -160,7 +161,7 @@ def run(
 
 def _log_cached(config: Config, store: Store, steps: list[Step]) -> None:
     """Log a run that found everything: its artifacts were looked up by the plan."""
-    known = {"config": config.name, "arm": config.search.preset}
+    known = {"config": config.name, "arm": config.arm}
     log = with_log(Settings.from_environment().log, store, **known)
     for step in steps:
         log.finished(step.label, Ref(step.kind, step.key, ""), 0.0, cached=True)

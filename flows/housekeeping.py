@@ -16,7 +16,7 @@ from artifacts.store import MANIFEST, Manifest, Store
 
 ROOTS = (
     *("studies", "winners", "tests", "leaderboards", "figures", "labels", "drift"),
-    *("pictures", *FIGURES),
+    *("comparisons", "pictures", *FIGURES),
 )
 OF_A_STUDY = ("generations", "finals", "selections")  # belong to a study that made their protocol
 REMARKS = ("near_duplicates",)  # made from what studies use, and used by none

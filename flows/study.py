@@ -6,7 +6,9 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
+from artifacts.catalog import write_database
 from flows.benchmark import benchmark
+from flows.logs import with_log
 from flows.settings import Settings
 from flows.study_plan import (
     MembersFailed,
@@ -40,8 +42,13 @@ def study(plan: str | StudyPlan = "ten-models", overrides: list[str] | None = No
         MembersFailed: some members failed; the others are stored and ranked all the same.
     """
     resolved = load_plan(plan) if isinstance(plan, str) else plan
-    store = Settings.from_environment().open_store()
-    result = run_members(resolved, overrides or (), store, benchmark, get_run_logger().info)
+    settings = Settings.from_environment()
+    store = settings.open_store()
+    log = with_log(settings.log, store, study=resolved.name, flow_run=str(flow_run.id))
+    said = get_run_logger().info
+    result = run_members(resolved, overrides or (), store, benchmark, said, log)
+    if result.finished:
+        write_database(store)
     publish(result)
     if result.failed:
         raise MembersFailed(result)

@@ -127,3 +127,13 @@ SELECT s.study, r.* EXCLUDE (responses, key), a.created, r.key
 FROM (SELECT * FROM stored_retests UNION ALL BY NAME SELECT * FROM stored_reselections) r
 JOIN stored_studies s USING (protocol)
 JOIN artifacts a ON a.kind IN ('retests', 'reselections') AND a.key = r.key;
+
+-- Two trials held against each other on the same prompts, a row per metric, newest first.
+CREATE VIEW comparisons AS
+WITH named AS (SELECT protocol, min(study) AS study FROM stored_studies GROUP BY protocol)
+SELECT a.study AS study_a, b.study AS study_b, c.* EXCLUDE (key), m.created, c.key
+FROM stored_comparisons c
+LEFT JOIN named a ON a.protocol = c.protocol_a
+LEFT JOIN named b ON b.protocol = c.protocol_b
+JOIN artifacts m ON m.kind = 'comparisons' AND m.key = c.key
+ORDER BY m.created DESC, c.key, c.metric = 'kl', c.metric = 'overrefusals';
