@@ -123,7 +123,7 @@ def _interval(row: Row) -> str:
     if row["both"] is not None:
         low, middle, high = (100 * row[name] for name in ("low", "difference", "high"))
         return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
-    return f"{row['difference']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g})"
+    return f"{row['difference']:+.2g} ({row['low']:+.2g} to {row['high']:+.2g})"
 
 
 def _amount(row: Row, value: float | None) -> str:

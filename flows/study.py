@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
@@ -18,6 +21,7 @@ from flows.study_plan import (
     run_members,
     said_by,
 )
+from tasks.comparisons import METRICS
 
 
 def run_name() -> str:
@@ -60,7 +64,13 @@ def publish(result: StudyResult) -> None:
     missing = [f"- {name} failed: {said_by(error)}" for name, error in result.failed.items()]
     said = [f"# Winners of {result.name} on the test split", "", *missing]
     create_table_artifact(
-        table=[row | {"kl": round(row["kl"], 6)} for row in result.leaderboard],
+        table=[_cells(row) for row in result.leaderboard],
         key=f"{result.name.replace('.', '-')}-study",
         description="\n".join(said),
     )
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the ranking as cells: the p values a column each."""
+    p = {f"p_{metric}": (row["p_holm"] or {}).get(metric) for metric in METRICS}
+    return {k: v for k, v in row.items() if k != "p_holm"} | {"kl": round(row["kl"], 6)} | p

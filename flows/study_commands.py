@@ -90,10 +90,10 @@ def _print_standing(out: Console, rows: Sequence[Row]) -> None:
     for row in rows:
         if row["note"]:
             out.print(Text(f"  {row['member']}: {row['note']}"))
-    out.print(
-        Text("first: how often it is, when the prompts are drawn again; docs/statistics.md"),
-        style="dim",
-    )
+    said = "first: how often it is, when the prompts are drawn again"
+    if rows[0]["order_holds"] is not None:
+        said += f"; the whole order holds in {_share(rows[0]['order_holds'])}"
+    out.print(Text(said, style="dim"))
 
 
 def _p(row: Row, metric: str) -> str:
