@@ -83,6 +83,7 @@ def made(finished: Finished, arm: str) -> list[str]:
     return [e["kind"] for e in finished.log if (e["event"], e["arm"]) == ("made", arm)]
 
 
+@pytest.mark.slow
 def test_an_explicit_arm_shares_all_that_is_measured_once(finished: Finished) -> None:
     for arm in ("again", "none"):
         kinds = Counter(made(finished, arm))
@@ -90,6 +91,7 @@ def test_an_explicit_arm_shares_all_that_is_measured_once(finished: Finished) ->
         assert kinds["generations"] == kinds["tests"] == 1
 
 
+@pytest.mark.slow
 def test_an_explicit_set_is_frozen_before_the_test_split_is_opened(finished: Finished) -> None:
     kinds = made(finished, "again")
     assert kinds.index("generations") < kinds.index("winners") < kinds.index("tests")
@@ -100,6 +102,7 @@ def test_an_explicit_set_is_frozen_before_the_test_split_is_opened(finished: Fin
         refuse_other_trials(finished.store, found.protocol.key, prompts_of(manifest), 1)
 
 
+@pytest.mark.slow
 def test_other_parameters_are_another_study_and_the_openings_are_counted(
     finished: Finished,
 ) -> None:
@@ -109,6 +112,7 @@ def test_other_parameters_are_another_study_and_the_openings_are_counted(
     assert openings(finished.store, prompts) == 3
 
 
+@pytest.mark.slow
 def test_given_parameters_measure_as_the_search_that_found_them(finished: Finished) -> None:
     searched, again = row_of(finished, "strict"), row_of(finished, "again")
     for name in ("refusals", "overrefusals", "kl", "gated"):
@@ -118,6 +122,7 @@ def test_given_parameters_measure_as_the_search_that_found_them(finished: Finish
     assert [metric["difference"] for metric in found["metrics"]] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_an_edit_of_no_weight_is_the_unedited_model(finished: Finished) -> None:
     row = row_of(finished, "none")
     assert row["kl"] == 0.0
@@ -133,6 +138,7 @@ def of_the_plan(finished: Finished) -> set[str]:
             and m.identity["resamples"] == wanted}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_row_but_the_first_is_compared_with_it(finished: Finished) -> None:
     rows = finished.result.leaderboard
     assert rows[0]["against_first"] is None
@@ -144,6 +150,7 @@ def test_every_row_but_the_first_is_compared_with_it(finished: Finished) -> None
     assert len(of_the_plan(finished)) == 2
 
 
+@pytest.mark.slow
 def test_holm_is_over_the_whole_declared_family(finished: Finished) -> None:
     with catalog(finished.store) as connection:
         rows = fetch(connection, "SELECT key, p FROM comparisons").rows
@@ -166,6 +173,7 @@ def _stored(finished: Finished) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_matched_costs_are_what_the_trials_say(finished: Finished) -> None:
     found = {row["member"]: row for row in finished.result.matched}
     with catalog(finished.store) as connection:
@@ -195,6 +203,7 @@ def row_of_search(finished: Finished, arm: str) -> int:
     return int(finished.store.read(found.generations[0])["refusals"][0])
 
 
+@pytest.mark.slow
 def test_a_budget_adds_up(finished: Finished) -> None:
     budget = {row["arm"]: row for row in finished.result.budget}
     assert {arm: row["trials"] for arm, row in budget.items()} == {
