@@ -11,6 +11,7 @@ TribunalError              one line for the user, exit code 2
 ├── JudgeError             a judge of responses cannot be asked
 ├── WorkerError            workers that judge trials cannot be reached, or die again and again
 ├── TestSplitSpent         the test split was already opened for another trial
+├── ComparisonError        two trials that cannot be compared prompt by prompt
 ├── ExportError            a folder that cannot be written, or that does not measure as its trial
 ├── MembersFailed          some benchmarks of a study plan failed (flows/study_plan.py)
 └── QueryError             SQL that is refused or fails
@@ -87,6 +88,10 @@ class TestSplitSpent(TribunalError):
     """The test split of this study has been opened for another trial."""
 
     __test__ = False  # not a pytest class
+
+
+class ComparisonError(TribunalError):
+    """Two trials cannot be compared prompt by prompt."""
 
 
 class ExportError(TribunalError):

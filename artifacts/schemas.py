@@ -286,6 +286,38 @@ CAPABILITIES = _columns("""
     scores | FLOAT[] | the metric per document, in their order; NULL: no plain mean of documents
 """)
 
+COMPARISONS = _columns("""
+    protocol_a | VARCHAR | protocol of trial a
+    arm_a | VARCHAR | arm of trial a, or the control: unedited, identity, ...
+    trial_a | BIGINT | number of trial a in its study; NULL: unedited
+    protocol_b | VARCHAR | protocol of trial b
+    arm_b | VARCHAR | as arm_a
+    trial_b | BIGINT | as trial_a
+    split | VARCHAR | search, selection or test
+    metric | VARCHAR | refusals, overrefusals: 0-1; kl: nats
+    n | BIGINT | prompts that both answered; every test pairs them
+    a | DOUBLE | of trial a: a rate, or the mean KL
+    b | DOUBLE | of trial b
+    difference | DOUBLE | a - b: negative is better for a; NULL: a KL is not finite
+    low | DOUBLE | lower end of its 95 % interval; NULL: as difference
+    high | DOUBLE | upper end of its 95 % interval; NULL: as difference
+    test | VARCHAR | which test gave p
+    p | DOUBLE | two-sided, of this test alone; NULL: as difference
+    p_holm | DOUBLE | adjusted by Holm over the metrics of this comparison; NULL: as difference
+    detectable | DOUBLE | least difference that the test finds with 80 % power; NULL: none
+    detectable_unpaired | DOUBLE | the same with other prompts for each; NULL: none
+    both | BIGINT | prompts refused under both; NULL: not a rate
+    only_a | BIGINT | prompts refused under a alone; NULL: not a rate
+    only_b | BIGINT | prompts refused under b alone; NULL: not a rate
+    neither | BIGINT | prompts refused under neither; NULL: not a rate
+    verdict | VARCHAR | of this metric: better, tied or worse, a against b
+    gated_a | BOOLEAN | whether a failed a gate
+    gated_b | BOOLEAN | whether b failed a gate
+    overall | VARCHAR | by the strict order: the first metric that is not tied decides
+    decided_by | VARCHAR | that metric, or gates; NULL: tied
+    ahead | DOUBLE | how often a ranks before b when the prompts are drawn again, 0-1
+""")
+
 _POLARS = {
     "VARCHAR": "String",
     "BIGINT": "Int64",
@@ -339,6 +371,7 @@ STORED: dict[str, tuple[Column, ...]] = {
     "drift": DRIFT,
     "sequence_kl": SEQUENCE_KL,
     "capabilities": CAPABILITIES,
+    "comparisons": COMPARISONS,
 }
 TABLES = STORED | FIGURES  # every kind with a table
 JUDGED = ("generations", "finals", "selections", "tests")  # a study's own trials
@@ -380,6 +413,13 @@ VIEWS: dict[str, tuple[Column, ...]] = {
     "remeasured": (_STUDY, *TRIALS, _CREATED, _KEY),
     "sequence_kl": (_STUDY, *SEQUENCE_KL, _KEY),
     "capabilities": (_STUDY, *CAPABILITIES, _KEY),
+    "comparisons": (
+        *_columns("study_a | VARCHAR | study of trial a"),
+        *_columns("study_b | VARCHAR | study of trial b"),
+        *COMPARISONS,
+        _CREATED,
+        _KEY,
+    ),
     "artifacts": _columns("""
         kind | VARCHAR | kind of artifact
         key | VARCHAR | its key

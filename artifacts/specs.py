@@ -228,6 +228,41 @@ class SelectionSpec(Spec):
     )
 
 
+class ParameterSet(Spec):
+    """The parameters of one trial, by the names that `tribunal show --format json` prints.
+
+    What is left out of a component's own direction is as shared.
+    """
+
+    direction_scope: Scope
+    direction_index: Annotated[float, Field(ge=0)] = Field(
+        description="layer whose output gives the global direction, interpolated"
+    )
+    direction_method: Method = "mean"
+    direction_blend: Fraction = 0.0
+    attn_o_proj_max_weight: Annotated[float, Field(ge=0)]
+    attn_o_proj_max_weight_position: Annotated[float, Field(ge=0)] = Field(description="a layer")
+    attn_o_proj_min_weight: Fraction = Field(description="as a fraction of max_weight")
+    attn_o_proj_min_weight_distance: Annotated[float, Field(ge=0)] = Field(description="layers")
+    attn_o_proj_direction_scope: Scope | None = None
+    attn_o_proj_direction_method: Method | None = None
+    attn_o_proj_direction_blend: Fraction | None = None
+    mlp_down_proj_max_weight: Annotated[float, Field(ge=0)]
+    mlp_down_proj_max_weight_position: Annotated[float, Field(ge=0)] = Field(description="a layer")
+    mlp_down_proj_min_weight: Fraction = Field(description="as a fraction of max_weight")
+    mlp_down_proj_min_weight_distance: Annotated[float, Field(ge=0)] = Field(description="layers")
+    mlp_down_proj_direction_scope: Scope | None = None
+    mlp_down_proj_direction_method: Method | None = None
+    mlp_down_proj_direction_blend: Fraction | None = None
+
+
+class ExplicitSpec(Spec):
+    """One trial that is given instead of searched for, under the name of its arm."""
+
+    name: Name
+    parameters: ParameterSet
+
+
 class Config(Spec):
     """Everything that changes a result. One TOML file; every field but the model has a default."""
 
@@ -243,6 +278,12 @@ class Config(Spec):
     judging: JudgingSpec = JudgingSpec()
     gates: GatesSpec = GatesSpec()
     selection: SelectionSpec = SelectionSpec()
+    explicit: ExplicitSpec | None = Field(None, description="a trial to judge without a search")
+
+    @property
+    def arm(self) -> str:
+        """What proposes the trials: the preset, or the name of the explicit set."""
+        return self.explicit.name if self.explicit else self.search.preset
 
     @model_validator(mode="after")
     def _finalists_are_judged(self) -> Config:

@@ -66,10 +66,10 @@ def benchmark(config: AnyConfig = "organism", overrides: list[str] | None = None
         settings.log,
         store,
         FlowLog(store),
-        SearchBar(f"{key}-progress", generation_labels(resolved.search)),
+        SearchBar(f"{key}-progress", generation_labels(resolved)),
         tally,
         config=resolved.name,
-        arm=resolved.search.preset,
+        arm=resolved.arm,
         flow_run=str(flow_run.id),
     )
     check_prompts(resolved, store)
@@ -94,7 +94,7 @@ def _resolved(config: Config | str, overrides: list[str]) -> Config:
 def publish(store: Store, found: Benchmark, config: Config) -> None:
     """Show the leaderboard and the figure in Prefect's UI."""
     key = config.name.replace(".", "-")
-    name = f"{config.name}, arm {config.search.preset}"
+    name = f"{config.name}, arm {config.arm}"
     ranked = store.read(found.leaderboard).drop("protocol", "prompts")
     rows: list[dict[str, Any]] = ranked.with_columns(pl.col("kl").round(6)).to_dicts()
     create_table_artifact(

@@ -20,6 +20,7 @@ import typer
 from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
 from flows import (
+    compare_commands,
     damage_commands,
     display,
     drift_commands,
@@ -71,6 +72,7 @@ organism_app = typer.Typer(help="The shipped model organism.")
 app.add_typer(store_app, name="store")
 app.add_typer(organism_app, name="organism")
 app.command()(worker)
+compare_commands.register(app)
 drift_commands.register(app)
 export_commands.register(app)
 damage_commands.register(app)
@@ -171,7 +173,7 @@ def run(
 
 def _log_cached(config: Config, store: Store, steps: list[Step]) -> None:
     """Log a run that found everything: its artifacts were looked up by the plan."""
-    known = {"config": config.name, "arm": config.search.preset}
+    known = {"config": config.name, "arm": config.arm}
     log = with_log(Settings.from_environment().log, store, **known)
     for step in steps:
         log.finished(step.label, Ref(step.kind, step.key, ""), 0.0, cached=True)

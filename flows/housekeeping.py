@@ -16,7 +16,8 @@ from artifacts.store import MANIFEST, Manifest, Store
 
 ROOTS = (
     *("studies", "winners", "tests", "leaderboards", "figures", "labels", "drift"),
-    *("judgements", "pictures", *FIGURES),  # a judgement may have cost money, or a person's time
+    *("comparisons", "pictures", *FIGURES),
+    "judgements",  # may have cost money, or a person's time
 )
 OF_A_STUDY = ("generations", "finals", "selections")  # belong to a study that made their protocol
 REMARKS = (  # made from what studies use, and used by none

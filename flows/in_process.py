@@ -23,7 +23,7 @@ def run_here(config: Config, store: Store, work: int) -> Benchmark:
     settings = Settings.from_environment()
     console, tally = display.console(stderr=True), Tally(store)
     with Progressing(console, work) as bar:
-        known = {"config": config.name, "arm": config.search.preset}
+        known = {"config": config.name, "arm": config.arm}
         reporter = with_log(settings.log, store, bar, tally, **known)
         with settings.running(store, reporter):
             found = run_pipeline(config)

@@ -14,6 +14,7 @@ from artifacts.store import Ref, Store
 from tasks.activations import cache_activations
 from tasks.baseline import measure_baseline
 from tasks.directions import compute_directions
+from tasks.explicit import fix_parameters, judge_explicit
 from tasks.finals import judge_finals
 from tasks.leaderboard import draw_trials, rank_trials
 from tasks.locked_test import measure_test
@@ -66,20 +67,10 @@ def run_pipeline(config: Config) -> Benchmark:
         spec=config.model, model=model, prompts=search, judging=config.judging
     )
     materials = {"model": model, "directions": directions, "baseline": baseline}
-    protocol = fix_protocol(config=config, materials=materials, prompts=search)
+    fix = fix_parameters if config.explicit else fix_protocol
+    protocol = fix(config=config, materials=materials, prompts=search)
     study = name_study(config=config, protocol=protocol)
-    generations: list[Ref] = []
-    for number, count in enumerate(generation_sizes(config.search)):
-        generation = judge_generation(
-            number=number,
-            count=count,
-            previous=generations[-1] if generations else None,
-            protocol=protocol,
-            config=config,
-            materials=materials,
-            prompts=search,
-        )
-        generations.append(generation)
+    generations = _generations(config, protocol, materials, search)
     finals = judge_finals(
         generations=generations,
         protocol=protocol,
@@ -120,6 +111,28 @@ def run_pipeline(config: Config) -> Benchmark:
     )
 
 
+def _generations(
+    config: Config, protocol: Ref, materials: dict[str, Ref], search: dict[str, Ref]
+) -> list[Ref]:
+    """The chain of the search; of an explicit trial, that trial alone."""
+    if config.explicit:
+        one = judge_explicit(protocol=protocol, config=config, materials=materials, prompts=search)
+        return [one]
+    generations: list[Ref] = []
+    for number, count in enumerate(generation_sizes(config.search)):
+        generation = judge_generation(
+            number=number,
+            count=count,
+            previous=generations[-1] if generations else None,
+            protocol=protocol,
+            config=config,
+            materials=materials,
+            prompts=search,
+        )
+        generations.append(generation)
+    return generations
+
+
 def sources(config: Config) -> Iterator[tuple[str, str, PromptSource]]:
     """Class, split and source of every prompt set of a config."""
     for prompt_class in CLASSES:
@@ -158,11 +171,14 @@ def split_of(prompts: dict[str, Ref], split: str) -> dict[str, Ref]:
 
 def title(config: Config) -> str:
     """A person's words for the benchmark of a config: its name, arm and seed."""
-    return f"{config.name}/{config.search.preset}/{config.seed}"
+    return f"{config.name}/{config.arm}/{config.seed}"
 
 
-def generation_labels(search: SearchSpec) -> dict[str, int]:
+def generation_labels(config: Config) -> dict[str, int]:
     """Trials of each generation, by its label."""
+    if config.explicit:
+        return {f"trial 0, {config.arm}": 1}
+    search = config.search
     sizes = enumerate(generation_sizes(search))
     return {trial_numbers(number * search.generation, count): count for number, count in sizes}
 

@@ -56,14 +56,23 @@ def study_named(connection: DuckDBPyConnection, store: Store, name: str | None) 
         "WHERE s.protocol IN (SELECT protocol FROM stored_generations) "
         "ORDER BY a.created DESC, s.study",
     ).rows
+    return match_study(store, [(str(study), str(plain)) for study, plain in rows], name)
+
+
+def match_study(store: Store, rows: Sequence[tuple[str, str]], name: str | None) -> str:
+    """The study that a name means, as in `find_study`, among full and plain names, newest first.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if not rows:
         raise ConfigError(f"no study in the store '{store.location}' yet; start with: tribunal run")
-    studies = [str(row[0]) for row in rows]
+    studies = [study for study, _ in rows]
     found = (
         studies
         if name is None
         else [s for s in studies if s == name]
-        or [str(s) for s, plain in rows if plain == name]
+        or [s for s, plain in rows if plain == name]
         or [s for s in studies if s.startswith(name)]
     )
     if not found:

@@ -359,7 +359,9 @@ def _fields_at(path: Sequence[str], schema: type[BaseModel]) -> Iterator[str]:
     """Names of the fields at a path of the schema."""
     model: Any = schema
     for part in path:
-        annotation = model.model_fields[part].annotation
+        field = model.model_fields.get(part)  # None: the name of an entry of a mapping
+        annotation = field.annotation if field else None
         options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        models = (o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        model = next(models, model)
     yield from model.model_fields

@@ -40,13 +40,17 @@ def fix_protocol(
     *, config: Config, materials: Mapping[str, Ref], prompts: Mapping[str, Ref]
 ) -> Made:
     """All that decides a search, before its first trial. The artifact's key is the study's."""
+    key = fix_protocol.key({"config": config, "materials": materials, "prompts": prompts})
+    return Made(protocol_frame(key, config, materials))
+
+
+def protocol_frame(key: str, config: Config, materials: Mapping[str, Ref]) -> pl.DataFrame:
+    """The one row of a protocol of this key."""
     base = read_baseline(materials["baseline"]).rows
     found = metrics(base, mean_tokens(base), config.gates)
     row = {
-        "protocol": fix_protocol.key(
-            {"config": config, "materials": materials, "prompts": prompts}
-        ),
-        "arm": config.search.preset,
+        "protocol": key,
+        "arm": config.arm,
         "seed": config.seed,
         "dtype": read_card(materials["model"]).dtype,
         "labeller": config.judging.labeller,
@@ -57,7 +61,7 @@ def fix_protocol(
         "base_refusals": found["refusals"],
         "base_overrefusals": found["overrefusals"],
     }
-    return Made(pl.DataFrame([row], schema=polars_schema(PROTOCOL)))
+    return pl.DataFrame([row], schema=polars_schema(PROTOCOL))
 
 
 @stage(

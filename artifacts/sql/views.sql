@@ -155,3 +155,13 @@ CREATE VIEW capabilities AS
 SELECT s.study, c.*
 FROM stored_capabilities c
 LEFT JOIN stored_studies s USING (protocol);
+
+-- Two trials held against each other on the same prompts, a row per metric, newest first.
+CREATE VIEW comparisons AS
+WITH named AS (SELECT protocol, min(study) AS study FROM stored_studies GROUP BY protocol)
+SELECT a.study AS study_a, b.study AS study_b, c.* EXCLUDE (key), m.created, c.key
+FROM stored_comparisons c
+LEFT JOIN named a ON a.protocol = c.protocol_a
+LEFT JOIN named b ON b.protocol = c.protocol_b
+JOIN artifacts m ON m.kind = 'comparisons' AND m.key = c.key
+ORDER BY m.created DESC, c.key, c.metric = 'kl', c.metric = 'overrefusals';
