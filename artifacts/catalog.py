@@ -22,6 +22,7 @@ import duckdb
 
 from artifacts.errors import DamageWarning, QueryError, StoreError
 from artifacts.figure_schemas import FIGURES
+from artifacts.peer_schemas import published_view
 from artifacts.places import WORKSHOPS
 from artifacts.sandbox import run_apart
 from artifacts.schemas import NESTED, RESPONSE, TABLES, TRIALS, Column, polars_schema
@@ -181,6 +182,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, store: Store, glob: boo
             torn += len(own) - len(files)
             connection.execute(view + _stored(kind, columns, files))
     connection.execute(query_text("views"))
+    connection.execute(published_view())
     for kind in FIGURES:
         connection.execute(f"CREATE VIEW {kind} AS FROM stored_{kind}")
     for view, query in (("ranking", "rank"), ("pareto", "pareto"), ("leaderboard", "leaderboard")):

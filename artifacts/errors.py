@@ -10,6 +10,7 @@ TribunalError              one line for the user, exit code 2
 ├── ServerError            the Prefect server cannot be reached
 ├── WorkerError            workers that judge trials cannot be reached, or die again and again
 ├── TestSplitSpent         the test split was already opened for another trial
+├── PeerError              another tool's file that cannot be read, or says too little to be used
 ├── ExportError            a folder that cannot be written, or that does not measure as its trial
 ├── MembersFailed          some benchmarks of a study plan failed (flows/study_plan.py)
 └── QueryError             SQL that is refused or fails
@@ -82,6 +83,10 @@ class TestSplitSpent(TribunalError):
     """The test split of this study has been opened for another trial."""
 
     __test__ = False  # not a pytest class
+
+
+class PeerError(TribunalError):
+    """Another tool's file cannot be read, or does not say what is needed of it."""
 
 
 class ExportError(TribunalError):

@@ -20,7 +20,13 @@ from rich.padding import Padding
 
 from artifacts.errors import ConfigError, DamageWarning, ServerError, TestSplitSpent, TribunalError
 from artifacts.store import Ref, Store
-from flows import display, drift_commands, export_commands
+from flows import (
+    display,
+    drift_commands,
+    export_commands,
+    peer_commands,
+    reproduce_commands,
+)
 from flows.figures import commands as figure_commands
 from flows.logs import with_log
 from flows.options import (
@@ -67,6 +73,8 @@ app.command()(worker)
 drift_commands.register(app)
 export_commands.register(app)
 figure_commands.register(app)
+peer_commands.register(app)
+reproduce_commands.register(app)
 app.command(epilog="Example: tribunal study ten-models --set search.trials=8")(study)
 
 
@@ -287,6 +295,9 @@ def rank(
     study: StudyOption = None,
     top: Annotated[int, typer.Option("--top", min=1, help="how many")] = 20,
     split: Annotated[str, typer.Option("--split", help="search, selection or test")] = "search",
+    imported: Annotated[
+        bool, typer.Option("--imported", help="with what tribunal import brought in, by rates")
+    ] = False,
     form: FormatOption = Format.table,
 ) -> None:
     """The strict ranking: refusals, then overrefusals, then KL; gated trials last."""
@@ -296,6 +307,9 @@ def rank(
     if split not in SPLITS[1:]:
         raise ConfigError.unknown("split", split, SPLITS[1:])
     store = open_store()
+    if imported:
+        peer_commands.print_beside(store, study, split, top, form)
+        return
     name = results.find_study(store, study)
     table = results.ranking(store, name, split, top)
     if form is not Format.table:
