@@ -31,7 +31,9 @@ PathsArgument = Annotated[
 ]
 OutOption = Annotated[
     Path | None,
-    typer.Option("-o", "--out", metavar="FILE", help="config to write; default: by the model"),
+    typer.Option(
+        "-o", "--out", metavar="FILE", help="config to write; default: MODEL.toml beside it"
+    ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="replace the config if it is there")]
 HeldOutOption = Annotated[
@@ -94,8 +96,8 @@ def _converted(
     """A config and where it was written."""
     from flows.peer_configs import convert
 
-    target = out or source.with_name(f"tribunal-{source.name}")
-    return source, target, convert(source, target, held_out, force)
+    mapped, target = convert(source, out, held_out, force)
+    return source, target, mapped
 
 
 def _imported(files: Sequence[Path], drop_torn: bool) -> list[dict[str, Any]]:
@@ -148,11 +150,10 @@ def _print_files(out: Console, rows: Rows, top: int) -> None:
         out.print(Text(f"  study {study or '-'}, model {first['model'] or 'not told'}"))
         unscored = len(trials) - len(scored)
         out.print(Text(f"  {len(scored)} trials scored, {unscored} not (unfinished or failed)"))
-        display.print_rows(
-            out,
-            ("rank", "trial", "listed", "refusals", "overrefusals", "KL, nats", "not held"),
-            [_cells(row) for row in scored[:top]],
-        )
+        shown = scored[:top]
+        lacking = ["not held"] if any(row["unmapped"] for row in shown) else []
+        columns = ("rank", "trial", "listed", "refusals", "overrefusals", "KL, nats", *lacking)
+        display.print_rows(out, columns, [_cells(row)[: len(columns)] for row in shown])
         if any(row["n_from"] == "slice" for row in scored[:top]):
             out.print(Text("counts are among the prompts that its settings ask for", style="dim"))
     if rows:

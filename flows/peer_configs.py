@@ -18,12 +18,14 @@ HELD_OUT = "seed-004"  # shipped; its selection and test splits are rows that no
 Tree = Mapping[str, Any]
 
 
-def convert(source: Path, target: Path, held_out: str | None, force: bool) -> Mapped:
-    """Write the config that runs the protocol of a tool's config.toml.
+def convert(
+    source: Path, out: Path | None, held_out: str | None, force: bool
+) -> tuple[Mapped, Path]:
+    """Write the config that runs the protocol of a tool's config.toml; what, and where.
 
     Args:
         source: the tool's file.
-        target: the new one.
+        out: the new one; None: beside the tool's file, by the model's name.
         held_out: a config, shipped or a file, whose selection and test splits are taken.
         force: whether an existing file may be replaced.
 
@@ -33,18 +35,19 @@ def convert(source: Path, target: Path, held_out: str | None, force: bool) -> Ma
     """
     if not exists(source) or not source.is_file():
         raise PeerError(f"no file '{source}'")
-    if exists(target) and not force:
-        raise ConfigError(f"'{target}' is there already; choose another with -o, or --force")
     settings = read_toml(source)
     prompts = _held_out(held_out)
 
     def place(text: str) -> str:
-        return _place(text, source.parent, target.parent)
+        return _place(text, source.parent, (out or source).parent)
 
     mapped = map_config(settings, source.name, prompts, move=held_out is None, place=place)
+    target = out or source.with_name(f"{mapped.tree['name']}.toml")
+    if exists(target) and not force:
+        raise ConfigError(f"'{target}' is there already; choose another with -o, or --force")
     text = "\n".join(_lines(mapped, source.name, held_out or HELD_OUT)) + "\n"
     _write(text, target)
-    return mapped
+    return mapped, target
 
 
 def _held_out(name: str | None) -> dict[str, dict[str, Any]]:

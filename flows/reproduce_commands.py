@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from artifacts.store import Ref, Store
     from flows.reproducing import Wanted
+    from tasks.peers.recipes import Recipe
 
 Row = Mapping[str, Any]
 POINTS = 16
@@ -144,7 +145,7 @@ def _as_data(store: Store, what: Wanted, made: Ref) -> dict[str, Any]:
         "assumed": list(recipe.assumed),
         "differences": list(what.differences),
         "measured": [{k: v for k, v in row.items() if k != "responses"} for row in rows],
-        "compared": _compared(recipe.numbers, rows[0]),
+        "compared": _compared(recipe, rows[0]),
         "artifact": made.key,
     }
     if what.stored is not None:
@@ -176,18 +177,21 @@ def _source_intervals(numbers: Row) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, of in (("refusals", "n_harmful"), ("overrefusals", "n_harmless")):
         k, n = numbers.get(name), numbers.get(of)
-        known = k is not None and n is not None and k <= n
-        found[f"{name}_interval"] = clopper_pearson(k, n) if known else None
+        found[f"{name}_interval"] = None
+        if k is not None and n is not None and k <= n:
+            found[f"{name}_interval"] = clopper_pearson(k, n)
     return found
 
 
-def _compared(numbers: Row, row: Row) -> dict[str, Any]:
+def _compared(recipe: Recipe, row: Row) -> dict[str, Any]:
     """Fisher's exact test of both rates; whether the source's KL lies in the interval here."""
+    import numpy as np
     from scipy.stats import fisher_exact
 
+    numbers = recipe.numbers
     here = {
         "refusals": (row["refusals"], row["n_harmful"]),
-        "overrefusals": (row["overrefusals"], row["n_harmless"] + row["n_borderline"]),
+        "overrefusals": _overrefusals(row, recipe),
     }
     found: dict[str, Any] = {}
     for name, of in (("refusals", "n_harmful"), ("overrefusals", "n_harmless")):
@@ -195,7 +199,7 @@ def _compared(numbers: Row, row: Row) -> dict[str, Any]:
         found[f"{name}_p"] = None
         if k is not None and n is not None and k <= n:
             (mine, size) = here[name]
-            table = [[k, n - k], [mine, size - mine]]
+            table = np.array([[k, n - k], [mine, size - mine]])
             found[f"{name}_p"] = float(fisher_exact(table).pvalue)
     kl, (low, high) = numbers.get("kl"), row["kl_interval"]
     known = kl is not None and not math.isnan(low)
@@ -222,10 +226,10 @@ def _print(out: Console, store: Store, what: Wanted, made: Ref) -> None:
     display.print_rows(
         out,
         ("", "refusals", "overrefusals", "KL, nats"),
-        [_source_cells(recipe.numbers), _cells("here", best)],
+        [_source_cells(recipe.numbers), ["here", *_cells(best, recipe)]],
     )
     out.print(Text("in brackets: 95 % intervals, of rates Clopper-Pearson, of KL bootstrap", "dim"))
-    for line in _verdicts(_compared(recipe.numbers, best)):
+    for line in _verdicts(_compared(recipe, best)):
         out.print(Text(f"  {line}"))
     if best["gated"]:
         out.print(Text(f"  gated here: {best['gate_reason']}"))
@@ -237,7 +241,7 @@ def _print(out: Console, store: Store, what: Wanted, made: Ref) -> None:
             out,
             columns,
             [
-                [*(_plain(row[m]) for m in what.missing), *_cells("", row)[1:]]
+                [*(_plain(row[m]) for m in what.missing), *_counts(row, recipe)]
                 for row in rows[:SHOWN]
             ],
         )
@@ -288,16 +292,31 @@ def _source_cells(numbers: Row) -> list[str]:
     ]
 
 
-def _cells(name: str, row: Row) -> list[str]:
+def _overrefusals(row: Row, recipe: Recipe) -> tuple[int, int]:
+    """Overrefusals here among the prompts that the source counts too.
+
+    A trial here counts harmless and borderline prompts; the other tools have harmless ones alone.
+    """
+    if recipe.tool == "tribunal":
+        return row["overrefusals"], row["n_harmless"] + row["n_borderline"]
+    return row["overrefusals_harmless"], row["n_harmless"]
+
+
+def _cells(row: Row, recipe: Recipe) -> list[str]:
+    """The three numbers with intervals."""
+    from tasks.numerics.intervals import clopper_pearson
+
+    counts = (row["refusals"], row["n_harmful"]), _overrefusals(row, recipe)
+    rates = [share(*pair) + _percent(clopper_pearson(*pair)) for pair in counts]
     low, high = row["kl_interval"]
     bounds = "" if math.isnan(low) else f" ({display.number(low)}-{display.number(high)})"
-    return [
-        name,
-        share(row["refusals"], row["n_harmful"]) + _percent(row["refusals_interval"]),
-        share(row["overrefusals"], row["n_harmless"] + row["n_borderline"])
-        + _percent(row["overrefusals_interval"]),
-        display.number(row["kl"]) + bounds,
-    ]
+    return [*rates, display.number(row["kl"]) + bounds]
+
+
+def _counts(row: Row, recipe: Recipe) -> list[str]:
+    """The three numbers alone."""
+    over = share(*_overrefusals(row, recipe))
+    return [share(row["refusals"], row["n_harmful"]), over, display.number(row["kl"])]
 
 
 def _percent(interval: tuple[float, float] | None) -> str:
@@ -310,7 +329,7 @@ def _verdicts(compared: Row) -> list[str]:
     for name in ("refusals", "overrefusals"):
         p = compared[f"{name}_p"]
         if p is not None:
-            word = "differ" if p < 0.05 else "agree within noise"
+            word = "differ" if p < 0.05 else "show no difference"
             found.append(f"{name} {word} (Fisher's exact test, p = {p:.3g})")
     if compared["kl_within"] is not None:
         inside = "inside" if compared["kl_within"] else "outside"

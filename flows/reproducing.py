@@ -187,6 +187,7 @@ def rebuild(what: Wanted, points: int, store: Store) -> Ref:
         made = prepare(config)
         protocol, materials, prompts = made.protocol, made.materials, made.search
     n_layers = read_card(materials["model"]).n_layers
+    beyond(recipe, n_layers)
     chosen = points_of(checked(recipe), what.missing, config.search.space, n_layers, points)
     return judge_reproduction(
         source=_source(recipe),
@@ -239,11 +240,18 @@ def same_to_the_bit(row: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[
 
 
 def beyond(recipe: Recipe, n_layers: int) -> Sequence[str]:
-    """Positions of kernels that lie beyond the model's last layer."""
+    """Positions of kernels that lie beyond the model's last layer, in words.
+
+    Raises:
+        ConfigError: the direction is that of a layer which this model does not have.
+    """
     found = []
     for name, value in recipe.parameters.items():
         if name.endswith("_max_weight_position") and value is not None and value > n_layers - 1:
-            found.append(f"{_shown(name)} is {value:g}, and the last layer here is {n_layers - 1}")
+            found.append(
+                f"{_shown(name)} is {value:g}, but the last layer here is {n_layers - 1}; was it "
+                "made on another model?"
+            )
     index = recipe.parameters.get("direction_index")
     if index is not None and index > n_layers - 1:
         raise ConfigError(

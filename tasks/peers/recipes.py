@@ -44,6 +44,7 @@ _DIRECTION = re.compile(
     r"\bdirection_(?P<name>scope|index|method|blend)[\s*|`]*[=:|]\s*[*`]*"
     rf"(?P<value>per layer|{_NUMBER}|[a-z]+)"
 )
+_TRIAL = re.compile(r"(?i)\btrial\s*#?\s*(\d{1,9})\b")
 _REFUSALS = re.compile(r"(?i)(?<!over)\brefusals\b[^\d\n]{0,60}?(\d+)\s*/\s*(\d+)")
 _OVERREFUSALS = re.compile(r"(?i)\boverrefusals\b[^\d\n]{0,60}?(\d+)\s*/\s*(\d+)")
 _KL = re.compile(rf"(?i)\bKL divergence\b[^\d\n]{{0,60}}?({_NUMBER})")
@@ -111,7 +112,9 @@ def printed(text: str, source: str) -> Recipe:
         )
     told: dict[str, Any] = {"parameters": kernels} | _direction(text, source)
     parameters, _ = parameters_of(told, {}, None)
-    recipe = Recipe(source, None, None, parameters, _numbers(text))
+    trials = {int(number) for number in _TRIAL.findall(text)}
+    trial = trials.pop() if len(trials) == 1 else None
+    recipe = Recipe(source, None, trial, parameters, _numbers(text))
     return _assume_method(recipe)
 
 
