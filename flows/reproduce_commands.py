@@ -33,7 +33,7 @@ SourceArgument = Annotated[
     typer.Argument(
         metavar="SOURCE",
         help="printed list of parameters ('-': standard input), a file as for import, or "
-        "STUDY/NUMBER",
+        "a trial as in show",
     ),
 ]
 ModelOption = Annotated[

@@ -12,7 +12,7 @@ from artifacts.paths import exists
 from artifacts.specs import Config
 from artifacts.store import Ref, Store
 from flows.pipeline import check_prompts, prepare
-from flows.results import find_trial, trial_rows
+from flows.results import WINNER, find_trial, trial_rows
 from flows.settings import validate_stored
 from tasks.peers.files import read_peer_file
 from tasks.peers.found import number
@@ -50,7 +50,7 @@ def recipe_of(store: Store, source: str, trial: int | None, text: str | None) ->
 
     Args:
         store: where trials are.
-        source: a path, '-', or STUDY/NUMBER.
+        source: a path, '-', or a trial here as `tribunal show` takes it.
         trial: which trial of a file that has several; None: its best.
         text: standard input, if that is the source.
 
@@ -62,9 +62,10 @@ def recipe_of(store: Store, source: str, trial: int | None, text: str | None) ->
     path = Path(source)
     if exists(path) and path.is_file():
         return _from_file(path, trial)
-    if "/" in source and not path.suffix:
+    named = source.rpartition("/")[2]
+    if named == WINNER or named.isdigit():
         return None
-    raise PeerError(f"no file '{source}'; give a file, '-' or STUDY/NUMBER")
+    raise PeerError(f"no file '{source}'; give a file, '-', STUDY/NUMBER or 'winner'")
 
 
 def _from_file(path: Path, trial: int | None) -> Recipe:

@@ -1,4 +1,4 @@
-"""Edits from elsewhere: what a source says and leaves out, and that a trial here comes out again."""
+"""Edits from elsewhere: what a source says and leaves out; a trial here comes out again."""
 
 from __future__ import annotations
 
