@@ -6,16 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from peer_files import attributes, iconoclast, journal, reproduce_json
-from small_study import tribunal, write_config
+from small_study import digests, trial_table, tribunal, write_config
+from trial_rows import put_study, trial_row
 
-from artifacts.errors import ConfigError, PeerError
+from artifacts.catalog import catalog, fetch
+from artifacts.errors import ConfigError, PeerError, TribunalError
 from artifacts.store import Store
-from flows.reproducing import beyond, recipe_of, refuse_missing, wanted
+from flows.pipeline import run_pipeline
+from flows.reproduce_commands import reproduce
+from flows.reproducing import (
+    Wanted,
+    beyond,
+    measured,
+    own_recipe,
+    rebuild,
+    recipe_of,
+    refuse_missing,
+    same_to_the_bit,
+    wanted,
+)
 from flows.settings import load_config
 from tasks.peers.recipes import checked, printed
 from tasks.reproduce import points_of
+from tasks.stage import Runtime, running
 
 SEED = """
 | Metric | This Model | Baseline |
@@ -195,46 +211,74 @@ def test_several_missing_parameters_fill_their_ranges() -> None:
     assert high - 0.1 * (high - low) < max(weights) <= high
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"source": "nowhere.txt"}, "no file 'nowhere.txt'"),
+        ({"source": "village/99"}, "no trial '99'"),
+        ({"source": "elsewhere/0"}, "no study 'elsewhere'"),
+        ({"source": "village/0", "trials": 3}, "--trials '3' is for --search-missing"),
+        ({"source": "village/0", "overrides": ["a=b"]}, "--set changes the config of --model"),
+        ({"source": "seed.txt"}, "'seed.txt' says nothing of prompts"),
+        ({"source": "seed.txt", "model": "organism"}, "'seed.txt' leaves out direction_index"),
+    ],
+)
+def test_bad_calls_are_told_before_anything_is_made(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    says: str,
+) -> None:
+    put_study(store, trial_row(0))
+    (tmp_path / "seed.txt").write_text(SEED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRIBUNAL_STORE", store.location)
+    before = digests(store)
+    with pytest.raises(TribunalError) as raised:
+        reproduce(**options)
+    assert says in str(raised.value)
+    assert digests(store) == before
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
     """A store with a small study, and its config."""
     folder = tmp_path_factory.mktemp("small")
     store, config = Store(folder / "store"), write_config(folder)
-    done = tribunal(store, "run", str(config))
-    assert done.returncode == 0, done.stderr
+    with running(Runtime(store)):
+        run_pipeline(load_config(str(config)))
     return store, config
 
 
-def answer(store: Store, *arguments: str) -> Any:
-    done = tribunal(store, "reproduce", *arguments, "--format", "json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def rebuilt(store: Store, what: Wanted, points: int = 1) -> list[dict[str, Any]]:
+    with running(Runtime(store)):
+        return measured(store, rebuild(what, points, store))
 
 
 @pytest.mark.slow
 def test_every_trial_here_comes_out_to_the_bit(small: tuple[Store, Path]) -> None:
-    store, _ = small
-    shown = json.loads(tribunal(store, "rank", "--format", "json").stdout)
-    for row in shown:
-        found = answer(store, f"small/{row['trial']}")
-        (measured,) = found["measured"]
-        same = found["same_to_the_bit"]
-        assert same["answers"] == same["of"] > 0
-        assert measured["kl"] == row["kl"]
-        if not row["stopped"]:
-            assert measured["refusals"] == row["refusals"]
-            assert measured["overrefusals"] == row["overrefusals"]
-    # ... and stays in no ranking: the study is as it was.
-    assert json.loads(tribunal(store, "rank", "--format", "json").stdout) == shown
-
-
-@pytest.mark.slow
-def test_another_edit_does_not_come_out_to_the_bit(small: tuple[Store, Path]) -> None:
     store, config = small
-    found = answer(store, "small/0", "--model", str(config), "--set", "edit.row_normalization=full")
-    own = answer(store, "small/0")
-    assert "same_to_the_bit" not in found  # it is not on its own protocol
-    assert found["measured"][0]["kl"] != own["measured"][0]["kl"]
+    before = trial_table(store)
+    for row in before.filter(pl.col("split") == "search").to_dicts():
+        name = f"{row['study']}/{row['trial']}"
+        found = own_recipe(store, name, None)
+        assert found[2] is not None
+        stored = found[2].row
+        (now,) = rebuilt(store, wanted(*found))
+        same, of = same_to_the_bit(now, stored)
+        assert same == of == len(stored["responses"])
+        assert now["kl"] == row["kl"]
+        if not row["stopped"]:
+            assert (now["refusals"], now["overrefusals"]) == (row["refusals"], row["overrefusals"])
+    assert trial_table(store).equals(before, null_equal=True)  # and stays in no ranking
+    # With another edit of the same parameters nothing comes out the same.
+    other = load_config(str(config), ["edit.row_normalization=full"])
+    recipe, _, none = own_recipe(store, name, other)
+    (changed,) = rebuilt(store, wanted(recipe, other, none))
+    assert none is None
+    assert changed["kl"] != now["kl"]
+    assert same_to_the_bit(changed, stored)[0] < of
 
 
 @pytest.mark.slow
@@ -244,12 +288,10 @@ def test_what_the_seed_leaves_out_is_searched_if_asked(
     store, config = small
     path = tmp_path / "seed.txt"
     path.write_text(SEED)
-    refused = tribunal(store, "reproduce", str(path), "--model", str(config))
-    assert refused.returncode == 2
-    assert "leaves out direction_index" in refused.stderr
-    assert refused.stderr.count("\n") == 1
-    search = ("--search-missing", "--trials", "3")
-    found = answer(store, str(path), "--model", str(config), *search)
+    search = ("--search-missing", "--trials", "3", "--format", "json")
+    done = tribunal(store, "reproduce", str(path), "--model", str(config), *search)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["left_out"] == ["direction_index"]
     ranked = [(r["gated"], r["refusals"], r["overrefusals"], r["kl"]) for r in found["measured"]]
     assert ranked == sorted(ranked)
@@ -257,24 +299,5 @@ def test_what_the_seed_leaves_out_is_searched_if_asked(
     assert found["numbers"]["refusals_interval"][1] == pytest.approx(0.1684, abs=1e-4)
     sql = "SELECT count(*), any_value(source_kl), any_value(points) FROM reproductions"
     where = f" WHERE source = '{path.name}'"
-    told = json.loads(tribunal(store, "sql", sql + where, "--format", "json").stdout)
-    assert list(told[0].values()) == [3, 0.0447, 3]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("nowhere.txt",), "no file 'nowhere.txt'"),
-        (("small/99",), "no trial '99'"),
-        (("small/0", "--trials", "3"), "--search-missing"),
-        (("small/0", "--set", "a=b"), "--model"),
-    ],
-)
-def test_bad_calls_are_one_line(
-    small: tuple[Store, Path], arguments: tuple[str, ...], says: str
-) -> None:
-    done = tribunal(small[0], "reproduce", *arguments)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
+    with catalog(store) as connection:
+        assert fetch(connection, sql + where).rows == ((3, 0.0447, 3),)
