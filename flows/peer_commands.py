@@ -25,7 +25,7 @@ Rows = Sequence[Mapping[str, Any]]
 PathsArgument = Annotated[
     list[Path],
     typer.Argument(
-        metavar="PATH...",
+        metavar="PATH",
         help="Optuna journal or SQLite study, reproduce.json, batch_summary.json, or config.toml",
     ),
 ]
@@ -150,6 +150,8 @@ def _print_files(out: Console, rows: Rows, top: int) -> None:
         out.print(Text(f"  study {study or '-'}, model {first['model'] or 'not told'}"))
         unscored = len(trials) - len(scored)
         out.print(Text(f"  {len(scored)} trials scored, {unscored} not (unfinished or failed)"))
+        if not scored:
+            continue
         shown = scored[:top]
         lacking = ["not held"] if any(row["unmapped"] for row in shown) else []
         columns = ("rank", "trial", "listed", "refusals", "overrefusals", "KL, nats", *lacking)

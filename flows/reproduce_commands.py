@@ -46,7 +46,7 @@ ModelOption = Annotated[
 ]
 TrialOption = Annotated[
     int | None,
-    typer.Option("--trial", min=0, help="of a file that has several; default: its best"),
+    typer.Option("--trial", min=0, help="of a file, as its tool numbers it; default: the best"),
 ]
 SearchOption = Annotated[
     bool, typer.Option("--search-missing", help="look for what the source leaves out")

@@ -119,6 +119,12 @@ merged_validation_interval = 0
     assert all(f"#   {key}: " in said for key in (*mapped.unmapped, *mapped.meaningless))
 
 
+def test_scorers_are_of_the_main_branch(tmp_path: Path) -> None:
+    mapped, target = written(tmp_path, 'model = "m"\nscorers = [{ plugin = "x" }]\n')
+    assert load_config(str(target)).search.preset == "heretic-main"
+    assert set(mapped.unmapped) == {"scorers"}
+
+
 @pytest.mark.parametrize(
     ("markers", "labeller"),
     [(HERETIC_MARKERS, "heretic-33"), (ICONOCLAST_MARKERS, "iconoclast-32")],

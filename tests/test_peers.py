@@ -18,6 +18,7 @@ from artifacts.errors import PeerError
 from artifacts.schemas import PEERS, polars_schema
 from artifacts.store import Store
 from flows.housekeeping import reachable
+from flows.peer_commands import import_
 from flows.peers import beside, imported
 from tasks.peers.files import read_peer_file
 from tasks.peers.found import PeerStudy, PeerTrial, count, kernel_of, slice_size
@@ -310,3 +311,20 @@ def test_beside_orders_by_rates_and_gates_last(store: Store, tmp_path: Path) -> 
     bring(store, journal(tmp_path / "j", told))
     found = beside(store, None).records()
     assert [(r["trial"], r["gated"]) for r in found] == [(2, False), (1, False), (3, True)]
+
+
+def test_a_bad_file_among_good_ones_leaves_nothing_behind(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRIBUNAL_STORE", store.location)
+    good, bad = journal(tmp_path / "good", [attributes(5, 0.1)]), tmp_path / "bad"
+    bad.write_text("{}")
+    with pytest.raises(PeerError, match="'bad' is not what a known tool writes"):
+        import_([good, bad])
+    assert not list(store.manifests())
+    import_([good])
+    assert "yes" in capsys.readouterr().out
+    assert len(list(store.manifests("imports"))) == 1

@@ -142,7 +142,7 @@ def _plain(settings: Mapping[str, Any], tool: str, model: str) -> Tree:
     if of("trust_remote_code"):
         spec["trust_remote_code"] = True
     search: Tree = {
-        "preset": PRESETS[tool],
+        "preset": "heretic-main" if "scorers" in settings else PRESETS[tool],
         "trials": of("n_trials", 200),
         "startup": of("n_startup_trials", 60),
         "target_kl": of("kl_divergence_target", 0.01),
