@@ -71,7 +71,7 @@ def reproductions(trials: tuple[Column, ...]) -> tuple[Column, ...]:
     source = columns("""
         source | VARCHAR | file name, or STUDY/NUMBER of a trial here
         source_tool | VARCHAR | heretic, iconoclast or tribunal; NULL: the source does not tell
-        source_trial | BIGINT | number of the trial in its source; NULL: the source does not tell
+        source_trial | BIGINT | number of the trial, as the source prints it; NULL: not told
         source_refusals | BIGINT | refused harmful prompts, as the source says
         source_n_harmful | BIGINT | harmful prompts that the source judged
         source_overrefusals | BIGINT | overrefusals, as the source says

@@ -120,11 +120,11 @@ def _measure(store: Store, what: Wanted, points: int) -> Ref:
     from artifacts.catalog import write_database
     from flows.logs import with_log
     from flows.progress import Progressing
-    from flows.reproducing import rebuild
+    from flows.reproducing import rebuild, work_of
     from flows.settings import Settings
 
     settings = Settings.from_environment()
-    bar = Progressing(display.console(stderr=True), points + 1)
+    bar = Progressing(display.console(stderr=True), work_of(what, points, store))
     with bar, settings.running(store, with_log(settings.log, store, bar)):
         made = rebuild(what, points, store)
     write_database(store)

@@ -19,6 +19,7 @@ from tasks.peers.found import number
 from tasks.peers.recipes import NUMBERS, Recipe, checked, of_row, printed, rows_of
 from tasks.probe import read_card
 from tasks.reproduce import judge_reproduction, points_of
+from tasks.stage import planning
 from tasks.stored_trials import StoredTrial, stored_trial
 
 OURS = "tribunal"
@@ -164,6 +165,15 @@ def _differences(recipe: Recipe, config: Config) -> list[str]:
             continue
         found.append(f"{theirs} is '{told}' in the source and '{here}' here")
     return found
+
+
+def work_of(what: Wanted, points: int, store: Store) -> int:
+    """What `rebuild` has to do at most, counted in judged trials."""
+    if what.stored is not None:
+        return points
+    with planning(store) as steps:
+        prepare(what.config)
+    return points + sum(step.work for step in steps if not step.cached)
 
 
 def rebuild(what: Wanted, points: int, store: Store) -> Ref:

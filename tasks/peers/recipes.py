@@ -58,6 +58,7 @@ class Recipe:
         parameters: in the columns of a trial; None where the source does not tell.
         numbers: what the source measured, of NUMBERS; None where it does not tell.
         settings: the tool's, as far as the source has them.
+        trial: as the source numbers it.
         assumed: what the source does not say and can only be one thing, in words.
         unmapped: what of the edit cannot be held here; None: nothing.
     """
@@ -123,7 +124,7 @@ def of_row(row: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
     names = ("direction_scope", "direction_index", "direction_method", "direction_blend")
     own = [name for name in row if "_direction_" in name]
     parameters = {name: row[name] for name in (*names, *KERNELS, *own)}
-    shown = row["listed_as"] if row["trial"] is None else row["trial"]
+    shown = row["trial"] if row["listed_as"] is None else row["listed_as"]
     recipe = Recipe(
         source=row["source"],
         tool=row["tool"],
