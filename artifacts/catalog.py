@@ -25,6 +25,7 @@ import duckdb
 
 from artifacts.errors import DamageWarning, QueryError, StoreError
 from artifacts.figure_schemas import FIGURES
+from artifacts.peer_schemas import published_view
 from artifacts.places import WORKSHOPS
 from artifacts.questions import FOLDER, questions
 from artifacts.sandbox import run_apart
@@ -271,6 +272,7 @@ def _documented() -> Mapping[str, str]:
     parts = re.split(r"^CREATE VIEW (\w+) AS\b", query_text("views"), flags=re.MULTILINE)
     views = dict(zip(parts[1::2], (text.partition(";\n")[0] for text in parts[2::2]), strict=True))
     views |= {kind: f"FROM stored_{kind}" for kind in FIGURES}
+    views["published"] = published_view()
     return views | {
         "ranking": query_text("rank"),
         "pareto": query_text("pareto"),

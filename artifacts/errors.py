@@ -12,6 +12,7 @@ TribunalError              one line for the user, exit code 2
 ├── WorkerError            workers that judge trials cannot be reached, or die again and again
 ├── TestSplitSpent         the test split was already opened for another trial
 ├── ComparisonError        two trials that cannot be compared prompt by prompt
+├── PeerError              another tool's file that cannot be read, or says too little to be used
 ├── ExportError            a folder that cannot be written, or that does not measure as its trial
 ├── MembersFailed          some benchmarks of a study plan failed (flows/study_plan.py)
 └── QueryError             SQL that is refused or fails
@@ -92,6 +93,10 @@ class TestSplitSpent(TribunalError):
 
 class ComparisonError(TribunalError):
     """Two trials cannot be compared prompt by prompt."""
+
+
+class PeerError(TribunalError):
+    """Another tool's file cannot be read, or does not say what is needed of it."""
 
 
 class ExportError(TribunalError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts.columns import Column as Column
 from artifacts.columns import columns as _columns
 from artifacts.figure_schemas import FIGURES
+from artifacts.peer_schemas import PUBLISHED, imported, reproductions
 
 if TYPE_CHECKING:
     import polars as pl
@@ -373,10 +374,11 @@ STORED: dict[str, tuple[Column, ...]] = {
     "capabilities": CAPABILITIES,
     "comparisons": COMPARISONS,
 }
-TABLES = STORED | FIGURES  # every kind with a table
+PEERS = {"imports": imported(PARAMETERS), "reproductions": reproductions(TRIALS)}
+TABLES = STORED | FIGURES | PEERS  # every kind with a table
 JUDGED = ("generations", "finals", "selections", "tests")  # a study's own trials
 REJUDGED = ("retests", "reselections")  # some of them measured again, later
-NESTED = (*JUDGED, *REJUDGED)  # kinds with responses nested in their rows
+NESTED = (*JUDGED, *REJUDGED, "reproductions")  # kinds with responses nested in their rows
 
 _STUDY = Column("study", "VARCHAR", "name and the first six digits of the protocol")
 _KEY = Column("key", "VARCHAR", "key of the artifact that holds the row")
@@ -436,3 +438,16 @@ VIEWS: dict[str, tuple[Column, ...]] = {
     """),
 }
 VIEWS |= {kind: (*table, _KEY) for kind, table in FIGURES.items()}
+VIEWS |= {
+    "imported_trials": (
+        *PEERS["imports"],
+        *_columns("""
+        rank | BIGINT | place in its file by refusals, overrefusals, kl, trial; NULL: not scored
+        listed | BOOLEAN | whether the tool's own list shows it: none before it is as good
+        """),
+        _CREATED,
+        _KEY,
+    ),
+    "published": PUBLISHED,
+    "reproductions": (*PEERS["reproductions"], _CREATED, _KEY),
+}

@@ -26,6 +26,8 @@ from flows import (
     drift_commands,
     export_commands,
     judge_commands,
+    peer_commands,
+    reproduce_commands,
     sql_commands,
 )
 from flows.figures import commands as figure_commands
@@ -80,6 +82,8 @@ sql_commands.register(app)
 figure_commands.register(app)
 report_commands.register(app)
 judge_commands.register(app)
+peer_commands.register(app)
+reproduce_commands.register(app)
 app.command(epilog="Example: tribunal study ten-models --set search.trials=8")(study)
 
 
@@ -300,6 +304,9 @@ def rank(
     study: StudyOption = None,
     top: Annotated[int, typer.Option("--top", min=1, help="how many")] = 20,
     split: Annotated[str, typer.Option("--split", help="search, selection or test")] = "search",
+    imported: Annotated[
+        bool, typer.Option("--imported", help="with what tribunal import brought in, by rates")
+    ] = False,
     form: FormatOption = Format.table,
 ) -> None:
     """The strict ranking: refusals, then overrefusals, then KL; gated trials last."""
@@ -309,6 +316,9 @@ def rank(
     if split not in SPLITS[1:]:
         raise ConfigError.unknown("split", split, SPLITS[1:])
     store = open_store()
+    if imported:
+        peer_commands.print_beside(store, study, split, top, form)
+        return
     name = results.find_study(store, study)
     table = results.ranking(store, name, split, top)
     if form is not Format.table:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from artifacts.errors import MissingArtifact, StoreError
 from artifacts.figure_schemas import FIGURES
+from artifacts.schemas import PEERS
 from artifacts.store import MANIFEST, Manifest, Store
 
 ROOTS = (
     *("studies", "winners", "tests", "leaderboards", "figures", "labels", "drift"),
-    *("comparisons", "pictures", *FIGURES),
+    *("comparisons", "pictures", *FIGURES, *PEERS),
     "judgements",  # may have cost money, or a person's time
 )
 OF_A_STUDY = ("generations", "finals", "selections")  # belong to a study that made their protocol

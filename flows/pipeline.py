@@ -47,8 +47,31 @@ class Benchmark:
     figure: Ref
 
 
-def run_pipeline(config: Config) -> Benchmark:
-    """Ask for every artifact of a config, in the order of the diagram."""
+@dataclass(frozen=True)
+class Prepared:
+    """References to everything that a config's trials are judged with."""
+
+    prompts: dict[str, Ref]
+    near_duplicates: Ref
+    model: Ref
+    activations: dict[str, Ref]
+    directions: Ref
+    baseline: Ref
+    protocol: Ref
+
+    @property
+    def materials(self) -> dict[str, Ref]:
+        """What a search starts from, by role."""
+        return {"model": self.model, "directions": self.directions, "baseline": self.baseline}
+
+    @property
+    def search(self) -> dict[str, Ref]:
+        """The search prompts, by class."""
+        return split_of(self.prompts, "search")
+
+
+def prepare(config: Config) -> Prepared:
+    """Ask for all that comes before a config's first trial, in the order of the diagram."""
     prompts = _prompts(config)
     near_duplicates = compare_splits(prompts=prompts)
     harmful, harmless = prompts["harmful/direction"], prompts["harmless/direction"]
@@ -69,6 +92,14 @@ def run_pipeline(config: Config) -> Benchmark:
     materials = {"model": model, "directions": directions, "baseline": baseline}
     fix = fix_parameters if config.explicit else fix_protocol
     protocol = fix(config=config, materials=materials, prompts=search)
+    return Prepared(prompts, near_duplicates, model, activations, directions, baseline, protocol)
+
+
+def run_pipeline(config: Config) -> Benchmark:
+    """Ask for every artifact of a config, in the order of the diagram."""
+    made = prepare(config)
+    prompts, search, protocol = made.prompts, made.search, made.protocol
+    materials = made.materials
     study = name_study(config=config, protocol=protocol)
     generations = _generations(config, protocol, materials, search)
     finals = judge_finals(
@@ -94,11 +125,11 @@ def run_pipeline(config: Config) -> Benchmark:
     figure = draw_trials(leaderboard=leaderboard)
     return Benchmark(
         prompts=prompts,
-        near_duplicates=near_duplicates,
-        model=model,
-        activations=activations,
-        directions=directions,
-        baseline=baseline,
+        near_duplicates=made.near_duplicates,
+        model=made.model,
+        activations=made.activations,
+        directions=made.directions,
+        baseline=made.baseline,
         protocol=protocol,
         study=study,
         generations=tuple(generations),

@@ -165,3 +165,30 @@ LEFT JOIN named a ON a.protocol = c.protocol_a
 LEFT JOIN named b ON b.protocol = c.protocol_b
 JOIN artifacts m ON m.kind = 'comparisons' AND m.key = c.key
 ORDER BY m.created DESC, c.key, c.metric = 'kl', c.metric = 'overrefusals';
+-- What other tools found. A tool lists its finished trials by refusals, overrefusals (ICONOCLAST alone counts them),
+-- then KL, and leaves out each that an earlier one equals or beats in (overrefusals, KL).
+CREATE VIEW imported_trials AS
+WITH scored AS (
+    SELECT *, coalesce(state = 'COMPLETE', false) AND refusals IS NOT NULL AND kl IS NOT NULL AS is_scored,
+        {'o': coalesce(overrefusals, 0), 'k': kl} AS cost
+    FROM stored_imports
+)
+SELECT
+    s.* EXCLUDE (key, is_scored, cost),
+    CASE WHEN is_scored THEN row_number() OVER ordered END AS rank,
+    CASE WHEN is_scored THEN isfinite(kl) AND coalesce(
+        cost < min(cost) OVER (ordered ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), true
+    ) END AS listed,
+    a.created, s.key
+FROM scored s
+JOIN artifacts a ON a.kind = 'imports' AND a.key = s.key
+WINDOW ordered AS (
+    PARTITION BY s.key, study, is_scored
+    ORDER BY refusals, coalesce(overrefusals, 0), kl, trial NULLS LAST
+);
+
+-- Edits of other tools, or of trials here, rebuilt and judged; in no ranking of a study.
+CREATE VIEW reproductions AS
+SELECT r.* EXCLUDE (responses, key), a.created, r.key
+FROM stored_reproductions r
+JOIN artifacts a ON a.kind = 'reproductions' AND a.key = r.key;

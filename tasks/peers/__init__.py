@@ -1,0 +1,1 @@
+"""What other tools wrote, read as facts: their trials, their parameter lists, their configs."""
