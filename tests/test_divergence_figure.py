@@ -780,6 +780,7 @@ assert not {'torch', 'transformers', 'prefect', 'sklearn', 'matplotlib'} & set(s
 """
 
 
+@pytest.mark.slow
 def test_the_command_on_the_organism_cold_and_warm(tmp_path: Path, store: Store) -> None:
     path, out = write_config(tmp_path), tmp_path / "out"
     cold = tribunal(store, "divergence", str(path), "--out", str(out))

@@ -521,6 +521,7 @@ def tribunal(store: Store, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=whole, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_command_end_to_end(store: Store, tmp_path: Path) -> None:
     config = str(write_config(tmp_path))
     done = tribunal(store, config, "--out", str(tmp_path / "out"))

@@ -650,6 +650,7 @@ def config(folder: Path, **changes: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command_makes_tables_and_pictures_and_then_knows_them(
     store: Store, tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def test_training_repeats_to_the_bit_and_depends_on_the_seed(tmp_path: Path) -> 
     assert one != other
 
 
+@pytest.mark.slow
 def test_training_leaves_torch_as_it_found_it(tmp_path: Path) -> None:
     before = (torch.get_num_threads(), torch.get_rng_state())
     training.train(tmp_path / "m", phases=short(1))

@@ -118,7 +118,14 @@ def search(preset: str, seed: int, racing: bool) -> list[tuple[dict[str, Any], O
     return trials
 
 
-@pytest.mark.parametrize("preset", ["strict", "heretic-1.4.0", "iconoclast", "random-search"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "strict",
+        "random-search",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("heretic-1.4.0", "iconoclast")),
+    ],
+)
 def test_the_same_trials_and_the_same_finalists(preset: str) -> None:
     raced = [same_search(preset, seed) for seed in range(5)]
     assert any(stopped for trials in raced for _, _, stopped in trials), "nobody was stopped"
