@@ -22,12 +22,12 @@ from trial_rows import PROTOCOL, put_study, put_table, response, trial_row, tria
 
 from artifacts.catalog import user_query
 from artifacts.errors import ConfigError
-from artifacts.schemas import PROMPTS, WINNER, polars_schema
+from artifacts.schemas import COMPARISONS, PROMPTS, WINNER, polars_schema
 from artifacts.sql_guard import refuse_all_but_select
 from artifacts.store import Store
 from flows import results
 from flows.report.commands import refuse_to_replace, write_whole
-from flows.report.comparisons import differences_sheet
+from flows.report.comparisons import differences_sheet, statistics_section
 from flows.report.contents import SPLITS, Contents, collect, state_of
 from flows.report.drawings import drawing
 from flows.report.page import MARK, page, render, visible
@@ -197,6 +197,25 @@ def test_the_intervals_are_those_of_show(tame: Store, contents: Contents) -> Non
         assert row[name] == shown[name]
 
 
+def test_stored_comparisons_are_told_with_their_verdicts(store: Store) -> None:
+    study = finished(store)
+    assert "comparisons" not in [sheet.name for sheet in statistics_section(collected(store))]
+    both = {"protocol_a": PROTOCOL, "arm_a": "strict", "trial_a": 1, "protocol_b": PROTOCOL}
+    both |= {"arm_b": "unedited", "split": "test", "n": 3}
+    told = {"difference": -1.0, "low": -1.0, "high": -0.3, "p_holm": 0.0004, "verdict": "better"}
+    unknown = {"metric": "kl", "verdict": "tied"}
+    rows = [
+        dict.fromkeys(polars_schema(COMPARISONS)) | both | one
+        for one in ({"metric": "refusals", **told}, unknown)
+    ]
+    put_table(store, "comparisons", pl.DataFrame(rows, schema=polars_schema(COMPARISONS)))
+    sheet = statistics_section(collected(store))[-1]
+    first, second = ([cell.text for cell in line.cells] for line in sheet.lines)
+    assert first[:4] == [f"{study}/strict/1", f"{study}/unedited", "test", "refusals"]
+    assert first[5:8] == ["−100.0", "< 0.001", "better"]
+    assert second[5:8] == ["–", "–", "tied"]
+
+
 def test_pairs_of_prompts_are_held_against_each_other(contents: Contents) -> None:
     rows = {line.cells[1].text: line.cells for line in differences_sheet(contents).lines}
     assert set(rows) == {"refusals", "overrefusals", "KL, nats"}
@@ -211,7 +230,7 @@ def test_pairs_of_prompts_are_held_against_each_other(contents: Contents) -> Non
 
 
 def test_every_sql_text_runs_as_a_users_query(tame: Store, contents: Contents) -> None:
-    assert len(contents.sql) == 13
+    assert len(contents.sql) == 14
     for name, sql in contents.sql.items():
         refuse_all_but_select(sql)
         assert "$" not in sql.replace("'$.\"'", ""), name

@@ -13,11 +13,9 @@ METRICS = {"refusals": ("harmful",), "overrefusals": ("harmless", "borderline")}
 
 
 def statistics_section(contents: Contents) -> list[Sheet]:
-    """The tables of the statistics: rates of the test split, then paired differences.
-
-    A table of comparisons that is added here is on the page, with its SQL.
-    """
-    return [rates_sheet(contents), differences_sheet(contents)]
+    """The tables of the statistics: rates of the test split, paired differences, stored tests."""
+    made = [rates_sheet(contents), differences_sheet(contents)]
+    return [*made, comparisons_sheet(contents)] if contents.comparisons else made
 
 
 def rates_sheet(contents: Contents) -> Sheet:
@@ -76,10 +74,56 @@ def differences_sheet(contents: Contents) -> Sheet:
         lines += _kl_line(arm, rows)
     remarks = (
         "Differences are frozen trial minus other, in percentage points (Newcombe's interval for "
-        "paired proportions) and nats (paired bootstrap). Below zero: the frozen trial has less.",
+        "paired proportions) and nats (paired bootstrap). Below zero: the frozen trial has less. "
+        "For tests: tribunal compare.",
     )
     title = "Paired differences on the test split with 95 % intervals"
     return Sheet("differences", title, headings, lines, contents.sql["answers"], remarks)
+
+
+def comparisons_sheet(contents: Contents) -> Sheet:
+    """What `tribunal compare` found of this study's trials, with tests."""
+    headings = [
+        *(Heading(name, words=True) for name in ("A", "B", "split", "metric")),
+        Heading("prompts"),
+        Heading("A − B"),
+        Heading("p", hint="adjusted by Holm over the metrics of one comparison"),
+        Heading("A is", words=True),
+        Heading("test", words=True),
+    ]
+    lines = [
+        Line(
+            [
+                *(sheets.words(row[name]) for name in ("a", "b", "split", "metric")),
+                sheets.count(row["n"]),
+                _difference(row),
+                _p(row["p_holm"]),
+                sheets.words(row["verdict"]),
+                sheets.words(row["test"]),
+            ]
+        )
+        for row in contents.comparisons
+    ]
+    remarks = (
+        "From tribunal compare. Rates differ in percentage points, KL in nats, with 95 % "
+        "intervals. Better or worse needs an interval without zero and p of at most 0.05; all "
+        "else is tied, which is not equal.",
+    )
+    title = "Trials compared, with paired tests"
+    return Sheet("comparisons", title, headings, lines, contents.sql["comparisons"], remarks)
+
+
+def _p(value: float | None) -> Cell:
+    small = value is not None and value < 0.001
+    return Cell("< 0.001", value) if small else sheets.amount(value, ".3f")
+
+
+def _difference(row: Row) -> Cell:
+    if row["difference"] is None:
+        return Cell("–", float("nan"))
+    scale, form = (1, "+.3g") if row["metric"] == "kl" else (100, "+.1f")
+    ends = (scale * row["low"], scale * row["high"]) if row["low"] is not None else None
+    return sheets.change(scale * row["difference"], ends, form)
 
 
 def _rate_line(arm: str, name: str, rows: Sequence[Row]) -> Line:

@@ -38,7 +38,8 @@ class Contents:
         study: its row, config as a tree.
         winner: number of the frozen trial; None: none is.
         rankings: rows of each split with intervals, in the strict order.
-        kernels, directions, pairs, answers, budget: rows of the queries of the same names.
+        kernels, directions, pairs, answers, budget, comparisons: rows of the queries of the same
+            names.
         n_layers: None where no model is stored (an imported study).
         opened: protocols of this store that opened the test prompts.
     """
@@ -52,6 +53,7 @@ class Contents:
     answers: list[Row]
     model: Row
     budget: list[Row]
+    comparisons: list[Row]
     n_layers: int | None
     opened: int
     sheets: dict[str, Sheet] = field(default_factory=dict)
@@ -83,7 +85,7 @@ def collect(store: Store, name: str | None, responses: int, advance: Advance) ->
     with catalog(store) as connection:
         study = results.study_named(connection, store, name)
         winner = _frozen(connection, study)
-        steps = len(SPLITS) + 9
+        steps = len(SPLITS) + 10
         asked: dict[str, Asked] = {}
 
         def ask(label: str, name: str, **values: str | int | None) -> list[Row]:
@@ -113,6 +115,7 @@ def collect(store: Store, name: str | None, responses: int, advance: Advance) ->
             answers=ask("answers", "answers", winner=winner),
             model=model[0] if model else {},
             budget=ask("budget", "budget"),
+            comparisons=ask("comparisons", "comparisons"),
             n_layers=model[0]["n_layers"] if model else None,
             opened=_opened(connection, study),
         )

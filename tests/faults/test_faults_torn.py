@@ -19,20 +19,29 @@ from artifacts.catalog import catalog, fetch, write_database
 from artifacts.errors import StoreError
 from artifacts.schemas import STORED, VIEWS
 from artifacts.store import MANIFEST, Store
+from flows.categories import store_categories
 from flows.drift import check_winners, winners_to_check
 from flows.pipeline import Benchmark, run_pipeline, split_of
-from flows.settings import load_config
+from flows.settings import load_config, validate_stored
+from tasks.comparisons import Side, compare_trials
+from tasks.damage import measure_damage
 from tasks.relabel import judged_artifacts, relabel
+from tasks.reproduce import judge_reproduction
 from tasks.shards import judge_shard
 from tasks.stage import Runtime, Silent, Stage, running
+from tasks.stored_trials import stored_trial
 from tasks.trials import trial_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 CORRUPTIONS = 30
-ASKED = ("judgements",)  # no stage makes them again: judges are asked (tests/test_judges.py)
-KINDS = (*(kind for kind in STORED if kind not in ASKED), "figures", "shards")  # two are no views
-AFTERWARDS = ("shards", "labels", "retests", "reselections", "drift")  # not made by a plain run
+ELSEWHERE = ("judgements", "capabilities")  # tests/test_judges.py; lm-eval is an extra
+NO_VIEWS = ("figures", "shards")
+KINDS = (*(kind for kind in STORED if kind not in ELSEWHERE), *NO_VIEWS, "reproductions")
+AFTERWARDS = (  # not made by a plain run
+    *("shards", "labels", "retests", "reselections", "drift"),
+    *("categories", "sequence_kl", "comparisons", "reproductions"),
+)
 
 
 def cut(path: Path) -> None:
@@ -89,20 +98,32 @@ class Torn:
         return heard.lines
 
     def _make_more(self, found: Benchmark) -> None:
-        """A shard, another labeller's labels, and the winner measured again."""
+        """A shard, other labels, categories, damage, a comparison, a reproduction, a retest."""
         config = load_config(str(self.whole.config))
         rows = self.store.read(found.generations[0]).drop("responses").to_dicts()
-        judge_shard(
-            trials=[trial_of(row) for row in rows],
-            whole=False,
-            previous=None,
-            protocol=found.protocol,
-            config=config,
-            materials={name: getattr(found, name) for name in ("model", "directions", "baseline")},
-            prompts=split_of(found.prompts, "search"),
-        )
+        trials = [trial_of(row) for row in rows]
+        with_what = {
+            "protocol": found.protocol,
+            "config": config,
+            "materials": {n: getattr(found, n) for n in ("model", "directions", "baseline")},
+            "prompts": split_of(found.prompts, "search"),
+        }
+        judge_shard(trials=trials, whole=False, previous=None, **with_what)
         for judged in judged_artifacts():
             relabel(judged=judged, labeller="prefix-strict")
+        store_categories(config, "kind")
+        study = str(self.store.read(found.study, ["study"]).item())
+        measure_damage(stored_trial(self.store, study, 0, validate_stored))
+        arm = config.search.preset
+        winner = Side(found.protocol.key, arm, self.store.read(found.winner)["trial"].item())
+        unedited = Side(found.protocol.key, "unedited", None)
+        compare_trials(first=found.test, of_first=winner, second=found.test, of_second=unedited)
+        judge_reproduction(
+            source={"source": "a list", **dict.fromkeys(("source_tool", "source_trial"))},
+            points=[dict(trials[0].parameters)],
+            searched=(),
+            **with_what,
+        )
         outcomes = check_winners(winners_to_check(self.store, None), "again")
         assert [outcome.error for outcome in outcomes] == [None]
 
@@ -135,7 +156,8 @@ def test_every_kind_that_a_stage_makes_is_torn_here(torn: Torn) -> None:
         importlib.import_module(f"tasks.{m.name}") for m in pkgutil.iter_modules(tasks.__path__)
     ]
     stages = [x for module in modules for x in vars(module).values() if isinstance(x, Stage)]
-    assert {made_by.kind for made_by in stages} == set(KINDS) == set(torn.whole.kinds)
+    made = {made_by.kind for made_by in stages} - set(ELSEWHERE)
+    assert made == set(KINDS) == set(torn.whole.kinds)
 
 
 @pytest.mark.parametrize("kind", KINDS)
