@@ -166,7 +166,7 @@ def test_a_figure_is_a_flow_run_with_its_picture_and_tables_in_the_ui(
     place = 'source = "organism/{}.jsonl", column = "text", split = "train[:4]"'.format
     config.write_text(
         'name = "few"\n[model]\nid = "organism"\ndtype = ["float32"]\nresponse_prefix = ""\n'
-        "[heads]\ngroup = 1\ndraws = 1\nresamples = 20\nmax_new_tokens = 2\n"
+        "[heads]\ngroup = 1\ndraws = 2\nresamples = 100\nmax_new_tokens = 2\n"
         f"harmless = {{ {place('harmless-test')} }}\nheldout = {{ {place('harmful-search')} }}\n"
         f"[heads.prompts]\ntest = {{ {place('harmful-test')} }}\n"
     )
