@@ -181,12 +181,16 @@ class SearchSpec(PresetSpec):
     trials: Annotated[int, Field(ge=1, le=100_000)] = 48
     startup: Annotated[int, Field(ge=0)] = 16
     generation: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="trials asked at once")
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["gp", "tpe", "random"] = Field(
+        "tpe", description="gp: a Gaussian process over what edits do; tpe: Optuna's"
+    )
     objective: Literal["strict", "heretic", "iconoclast"] = "strict"
     warm_start: Literal["none", "sweep"] = "none"
     ei_candidates: Annotated[int, Field(ge=1)] = 128
     best_group: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="size of TPE's best group; None: Optuna's default for the objective"
+        None,
+        description="trials that the sampler looks at most closely; None: Optuna's default for the "
+        "objective",
     )
     racing: bool = Field(
         True, description="stop a trial once the sampler needs to know no more of it"
@@ -199,6 +203,15 @@ class SearchSpec(PresetSpec):
         (0.32, 0.18, 0.42), description="iconoclast's overrefusals, disclaimers, non-compliance"
     )
     space: SearchSpace
+
+    @model_validator(mode="after")
+    def _a_model_knows_the_strict_order(self) -> SearchSpec:
+        if self.sampler == "gp" and self.objective != "strict":
+            raise ValueError(
+                f"sampler 'gp' foresees the strict order, not objective '{self.objective}'; "
+                "set search.objective='strict', or search.sampler='tpe'"
+            )
+        return self
 
 
 class JudgingSpec(PresetSpec):

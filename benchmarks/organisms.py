@@ -52,7 +52,10 @@ def obtain(kind: str, folder: Path = FOLDER) -> Path:
     own, config = folder / kind, folder / f"{kind}.toml"
     if not (own / mid_model.MEASURED).exists():
         training.train(
-            own, build=lambda tokenizer: new(kind, tokenizer), on_progress=mid_model.tell()
+            own,
+            build=lambda tokenizer: new(kind, tokenizer),
+            autocast=False,
+            on_progress=mid_model.tell(),
         )
         found = mid_model.measure(own)
         (own / mid_model.MEASURED).write_text(json.dumps(found, indent=1) + "\n")

@@ -27,27 +27,6 @@ from tasks.study import fix_protocol, judge_generation, name_study
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """References to everything a run made or found."""
-
-    prompts: dict[str, Ref]
-    near_duplicates: Ref
-    model: Ref
-    activations: dict[str, Ref]
-    directions: Ref
-    baseline: Ref
-    protocol: Ref
-    study: Ref
-    generations: tuple[Ref, ...]
-    finals: Ref
-    selection: Ref
-    winner: Ref
-    test: Ref
-    leaderboard: Ref
-    figure: Ref
-
-
-@dataclass(frozen=True)
 class Prepared:
     """References to everything that a config's trials are judged with."""
 
@@ -68,6 +47,20 @@ class Prepared:
     def search(self) -> dict[str, Ref]:
         """The search prompts, by class."""
         return split_of(self.prompts, "search")
+
+
+@dataclass(frozen=True)
+class Benchmark(Prepared):
+    """References to everything a run made or found."""
+
+    study: Ref
+    generations: tuple[Ref, ...]
+    finals: Ref
+    selection: Ref
+    winner: Ref
+    test: Ref
+    leaderboard: Ref
+    figure: Ref
 
 
 def prepare(config: Config) -> Prepared:
@@ -124,13 +117,7 @@ def run_pipeline(config: Config) -> Benchmark:
     leaderboard = rank_trials(generations=[*generations, finals], selection=selection, test=test)
     figure = draw_trials(leaderboard=leaderboard)
     return Benchmark(
-        prompts=prompts,
-        near_duplicates=made.near_duplicates,
-        model=made.model,
-        activations=made.activations,
-        directions=made.directions,
-        baseline=made.baseline,
-        protocol=protocol,
+        **vars(made),
         study=study,
         generations=tuple(generations),
         finals=finals,

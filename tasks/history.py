@@ -16,7 +16,7 @@ from artifacts.store import Ref
 from tasks.hearing import Lost
 from tasks.judging import Bench, Row, mean_tokens, metrics, outcome
 from tasks.numerics.objective import Outcome, objective_values
-from tasks.numerics.racing import LARGEST_BEST_GROUP, Race, place_of
+from tasks.numerics.racing import LARGEST_BEST_GROUP, Place, Race, place_of
 from tasks.stage import current
 
 ROWS_KEPT = 64  # labelled responses per prompt, on average
@@ -59,13 +59,20 @@ def race(previous: Ref | None, search: SearchSpec, base: Outcome) -> Lost | None
     if not search.racing:
         return None
     earlier = list(_judged(previous))
-    run = Race(
+    run = new_race(
+        search,
         [values_of(outcome(row), search, base) for row in earlier if _is_final(row, search)],
         [place_of(outcome(row)) for row in earlier],
-        0 if search.sampler == "random" else search.best_group or LARGEST_BEST_GROUP,
-        search.finalists,
     )
     return _Lost(run, lambda found: values_of(found, search, base))
+
+
+def new_race(
+    search: SearchSpec, values: Sequence[tuple[float, ...]], places: Sequence[Place]
+) -> Race:
+    """What a newcomer to a search races against: values that are final, places at best."""
+    group = 0 if search.sampler == "random" else search.best_group or LARGEST_BEST_GROUP
+    return Race(values, places, group, search.finalists, reads_refusals=search.sampler == "gp")
 
 
 def _is_final(row: Mapping[str, Any], search: SearchSpec) -> bool:
@@ -75,7 +82,9 @@ def _is_final(row: Mapping[str, Any], search: SearchSpec) -> bool:
 
 
 def values_of(found: Outcome, search: SearchSpec, base: Outcome) -> tuple[float, ...]:
-    """What a search minimises of an outcome."""
+    """What a search minimises of an outcome; for a model of it, gate, counts and KL apart."""
+    if search.sampler == "gp":
+        return tuple(float(value) for value in place_of(found))
     return objective_values(
         search.objective,
         found,

@@ -50,11 +50,31 @@ def propose(
     off. Raises ValueError for values that are NaN or parameters outside the space.
     """
     dimensions = distributions(search.space, n_layers)
+    foreseen = _foreseen(search, len(history), count)
     study = _retold(search, dimensions, history, _sampler(search, seed, generation))
     if search.warm_start == "sweep":
         for point in sweep(dimensions, search.startup)[len(history) :]:
             study.enqueue_trial(point)
-    return [_complete(study.ask(dimensions).params) for _ in range(count)]
+    points = [study.ask(dimensions).params for _ in range(count - foreseen)]
+    if foreseen:
+        from tasks.model_based import foresee
+
+        points += foresee(
+            search,
+            dimensions,
+            n_layers,
+            history,
+            count=foreseen,
+            state=_random_state(seed, generation),
+        )
+    return [_complete(point) for point in points]
+
+
+def _foreseen(search: SearchSpec, told: int, count: int) -> int:
+    """How many of the next `count` trials a model of those told proposes: all after the start."""
+    if search.sampler != "gp" or not told:
+        return 0
+    return min(count, max(0, told + count - search.startup))
 
 
 def distributions(space: SearchSpace, n_layers: int) -> dict[str, BaseDistribution]:
@@ -109,7 +129,7 @@ def _retold(
     study = optuna.create_study(
         sampler=sampler, directions=["minimize"] * n_objectives(search.objective)
     )
-    for parameters, values in history:
+    for parameters, values in history if search.sampler != "gp" else ():
         tried = {name: parameters[name] for name in dimensions}
         study.add_trial(
             optuna.trial.create_trial(params=tried, distributions=dimensions, values=values)
@@ -124,7 +144,7 @@ def _sampler(search: SearchSpec, seed: int, generation: int) -> BaseSampler:
     the constant liar because it is what keeps the proposals of a generation apart.
     """
     state = _random_state(seed, generation)
-    if search.sampler == "random":
+    if search.sampler != "tpe":
         return RandomSampler(seed=state)
     size = search.best_group
     with warnings.catch_warnings():

@@ -142,7 +142,7 @@ def test_the_end_of_a_response_is_a_token_and_what_follows_is_none() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     held = loaded()
     (prompt,) = prompts(1)
-    with pytest.raises(ModelError, match="response 0 has no tokens"):
+    with pytest.raises(ModelError, match="answer 0 has no tokens"):
         forced_divergences(held, [prompt], [Response([], False)], Edit({}), rows=1)
     with pytest.raises(ValueError, match="zip"):
         forced_divergences(held, [prompt], [], Edit({}), rows=1)

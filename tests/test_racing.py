@@ -19,10 +19,9 @@ from artifacts.specs import Config, SearchSpec
 from artifacts.store import Store
 from flows import display
 from flows.settings import load_config
-from tasks.history import values_of
+from tasks.history import new_race, values_of
 from tasks.numerics.objective import Outcome
 from tasks.numerics.racing import (
-    LARGEST_BEST_GROUP,
     Place,
     Race,
     dominates,
@@ -91,11 +90,10 @@ def search(preset: str, seed: int, racing: bool) -> list[tuple[dict[str, Any], O
         final = [
             f for (_, f, _), known_values in zip(trials, values_known, strict=True) if known_values
         ]
-        race = Race(
+        race = new_race(
+            spec,
             [values_of(each, spec, BASE) for each in final],
             [place_of(each) for _, each, _ in trials],
-            0 if spec.sampler == "random" else spec.best_group or LARGEST_BEST_GROUP,
-            spec.finalists,
         )
         proposals = propose(spec, 8, history, generation=generation, count=4, seed=seed)
         for parameters in proposals:

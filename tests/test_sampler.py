@@ -33,17 +33,30 @@ def preset(name: str, **changes: Any) -> SearchSpec:
     return SearchSpec.model_validate({**found, **changes, "space": space})
 
 
+def tpe(**changes: Any) -> SearchSpec:
+    """TPE on the strict order."""
+    return preset("strict", **{"sampler": "tpe", "startup": 8, **changes})
+
+
 def explored(search: SearchSpec, n: int, layers: int = LAYERS) -> list[Trial]:
     """`n` random trials with random values, a history for any sampler."""
     values = random.Random(5)
     width = 1 if search.objective == "strict" else 2
     dice = search.model_copy(update={"sampler": "random", "warm_start": "none"})
     tried = propose(dice, layers, [], generation=0, count=n, seed=9)
+    if search.sampler == "gp":
+        return [(p, outcome(values.randrange(9), 0, values.random())) for p in tried]
     return [(parameters, tuple(values.random() for _ in range(width))) for parameters in tried]
 
 
+def outcome(refusals: int, overrefusals: int, kl: float) -> tuple[float, ...]:
+    """What a model of the search is told of a trial that passed the gates."""
+    return (0.0, float(refusals), float(overrefusals), kl)
+
+
 def asked(search: SearchSpec, history: Sequence[Trial], **how: int) -> list[Parameters]:
-    return propose(search, LAYERS, history, **{"generation": 7, "count": 3, "seed": 1, **how})
+    told = {"generation": 7, "count": 3, "seed": 1, **how}
+    return propose(search, LAYERS, history, **told)
 
 
 def number(parameters: Parameters, name: str) -> float:
@@ -114,7 +127,7 @@ from tasks.sampler import propose
 assert optuna.logging.get_verbosity() == before, "importing changed Optuna's verbosity"
 search = SearchSpec.model_validate_json(sys.argv[1])
 one = propose(search, 8, [], generation=0, count=6, seed=0)
-history = [(parameters, (float(n % 5),)) for n, parameters in enumerate(one)]
+history = [(p, (0.0, float(n % 5), 0.0, 0.1 * n)) for n, p in enumerate(one)]
 sys.stdout.write(repr(propose(search, 8, history, generation=1, count=2, seed=0)))
 assert "torch" not in sys.modules, "the sampler loads torch"
 """
@@ -145,14 +158,14 @@ def test_proposals_do_not_depend_on_the_process_and_nothing_is_said() -> None:
     st.integers(0, 2**32 - 1),
 )
 def test_only_the_order_of_strict_values_matters(rising: Any, seed: int) -> None:
-    search = preset("strict", startup=8)
+    search = tpe()
     history = explored(search, 30)
     renamed = [(parameters, (rising(value),)) for parameters, (value,) in history]
     assert asked(search, history, seed=seed) == asked(search, renamed, seed=seed)
 
 
 def test_the_opposite_order_gives_other_proposals() -> None:
-    search = preset("strict", startup=8)
+    search = tpe()
     history = explored(search, 30)
     reverse = [(parameters, (-value,)) for parameters, (value,) in history]
     assert asked(search, history) != asked(search, reverse)
@@ -162,7 +175,7 @@ def test_the_opposite_order_gives_other_proposals() -> None:
 @given(st.randoms(use_true_random=False))
 def test_values_outside_the_best_group_do_not_matter(dice: random.Random) -> None:
     """The law racing rests on."""
-    search = preset("strict", startup=8, best_group=5)
+    search = tpe(best_group=5)
     history = explored(search, 30)
     bar = sorted(value for _, (value,) in history)[5]
     raced = [(p, (v,) if v < bar else (bar + dice.random(),)) for p, (v,) in history]
@@ -170,7 +183,7 @@ def test_values_outside_the_best_group_do_not_matter(dice: random.Random) -> Non
 
 
 def test_joining_the_best_group_matters() -> None:
-    search = preset("strict", startup=8, best_group=5)
+    search = tpe(best_group=5)
     history = explored(search, 30)
     worst = max(range(30), key=lambda n: history[n][1][0])
     joined = [(p, (-1.0,) if n == worst else v) for n, (p, v) in enumerate(history)]
@@ -178,8 +191,8 @@ def test_joining_the_best_group_matters() -> None:
 
 
 def test_the_size_of_the_best_group_matters() -> None:
-    history = explored(preset("strict"), 30)
-    small, large = (preset("strict", startup=8, best_group=n) for n in (3, 12))
+    history = explored(tpe(), 30)
+    small, large = (tpe(best_group=n) for n in (3, 12))
     assert asked(small, history) != asked(large, history)
 
 
@@ -219,7 +232,7 @@ def test_a_search_starts_with_its_sweep() -> None:
     search = preset("strict", startup=12)
     first = asked(search, [], count=8)
     assert first == asked(search, [], count=8, seed=99, generation=0)
-    history: list[Trial] = [(parameters, (0.5,)) for parameters in first]
+    history: list[Trial] = [(parameters, outcome(3, 0, 0.5)) for parameters in first]
     second = asked(search, history, count=8)
     states = sorted(number(p, "direction_index") for p in [*first, *second[:4]])
     assert states == pytest.approx([7 * k / 11 for k in range(12)])
@@ -234,7 +247,7 @@ def test_without_a_warm_start_nothing_is_swept() -> None:
 @pytest.mark.parametrize("layers", [1, 2, 8, 40])
 def test_the_strict_sweep_removes_one_plain_direction_everywhere(layers: int) -> None:
     search = preset("strict")
-    for found in propose(search, layers, [], generation=0, count=16, seed=0):
+    for found in propose(search, layers, [], generation=0, count=search.startup, seed=0):
         assert (found["direction_scope"], found["direction_method"]) == ("global", "mean")
         for component in COMPONENTS:
             peak = number(found, f"{component}_max_weight_position")
@@ -306,10 +319,11 @@ def test_a_range_that_leaves_the_model_or_runs_backwards_is_named(
 
 
 def test_a_nan_is_refused() -> None:
-    search = preset("strict")
-    history = explored(search, 2)
+    (trial,) = explored(tpe(), 1)
     with pytest.raises(ValueError, match="NaN"):
-        asked(search, [(history[0][0], (math.nan,))])
+        asked(tpe(), [(trial[0], (math.nan,))])
+    with pytest.raises(ValueError, match="NaN"):
+        asked(preset("strict", startup=0), [(trial[0], outcome(3, 0, math.nan))])
 
 
 @pytest.mark.parametrize("name", ["heretic-1.4.0", "iconoclast"])
@@ -319,7 +333,8 @@ def test_broken_models_do_not_stop_a_search(name: str) -> None:
     assert len(asked(search, history)) == 3
 
 
-def test_the_search_learns() -> None:
+@pytest.mark.parametrize("name", ["strict", "tpe"])
+def test_the_search_learns(name: str) -> None:
     """On a bowl in seven of ten dimensions, 40 trials of it beat 40 random ones."""
 
     def bowl(found: Parameters) -> float:
@@ -329,17 +344,21 @@ def test_the_search_learns() -> None:
         floors = [number(found, f"{c}_min_weight") - 0.3 for c in COMPONENTS]
         return sum(x * x for x in [index, *weights, *peaks, *floors])
 
-    def best(name: str, seed: int) -> float:
-        search, history = preset(name, warm_start="none"), list[Trial]()
+    def best(search: SearchSpec, seed: int) -> float:
+        history, least = list[Trial](), math.inf
         for generation in range(5):
             found = asked(search, history, generation=generation, count=8, seed=seed)
-            history += [(parameters, (bowl(parameters),)) for parameters in found]
-        return min(values[0] for _, values in history)
+            values = [bowl(parameters) for parameters in found]
+            least = min(least, *values)
+            told = [outcome(0, 0, v) if search.sampler == "gp" else (v,) for v in values]
+            history += list(zip(found, told, strict=True))
+        return least
 
-    learned, random_search = (
-        [best(name, seed) for seed in range(6)] for name in ("strict", "random-search")
+    learning = tpe(warm_start="none") if name == "tpe" else preset("strict", warm_start="none")
+    learned, at_random = (
+        [best(search, seed) for seed in range(6)] for search in (learning, preset("random-search"))
     )
-    assert sum(learned) < sum(random_search)
+    assert sum(learned) < sum(at_random)
 
 
 def _kernel(**ranges: tuple[float, float]) -> dict[str, tuple[float, float]]:

@@ -19,10 +19,17 @@ import torch
 from torch import Tensor
 
 from artifacts.errors import ModelError
-from tasks.models.batching import pad_left, require_tokens
+from tasks.models.batching import require_tokens
 from tasks.models.decoding import Response
 from tasks.models.editing import Edit, applied
-from tasks.models.lens import LENS_NUMBERS, keeping, lens, passes, require_same_head
+from tasks.models.lens import (
+    LENS_NUMBERS,
+    forced_inputs,
+    forced_states,
+    lens,
+    passes,
+    require_same_head,
+)
 from tasks.numerics.divergence import first_token_kl
 
 if TYPE_CHECKING:
@@ -71,7 +78,7 @@ def forced_divergences(
         ValueError: `rows` below 1, or not one response per prompt.
     """
     require_tokens(prompts, rows)
-    inputs, counts = _inputs(prompts, responses)
+    inputs, counts = forced_inputs(prompts, responses)
     found: dict[int, Forced] = {}
     with torch.inference_mode():
         for batch in passes(inputs, rows):
@@ -93,20 +100,6 @@ def forced_divergences(
     return [found[index] for index in range(len(inputs))]
 
 
-def _inputs(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Response]
-) -> tuple[list[list[int]], list[int]]:
-    """What goes through the model, and at how many of its last places a token is predicted."""
-    inputs, counts = [], []
-    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        count = len(response.tokens) + response.ended
-        if not count:
-            raise ModelError(f"response {index} has no tokens")
-        inputs.append([*prompt, *response.tokens][: len(prompt) + count - 1])
-        counts.append(count)
-    return inputs, counts
-
-
 def _final_states(
     loaded: LoadedModel,
     texts: Sequence[Sequence[int]],
@@ -114,20 +107,9 @@ def _final_states(
     batch: Sequence[int],
 ) -> Tensor:
     """The last layer's states [all places, d], row after row."""
-    ids, mask, positions = pad_left(texts, loaded.device)
-    last = torch.tensor(sizes, device=loaded.device)
-    width = ids.shape[1]
-    kept = torch.arange(width, device=loaded.device) >= width - last[:, None]
-    with keeping(loaded.anatomy.layers[-1:], kept) as states:
-        output = loaded.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    require_same_head(loaded, states[0], output.logits[:, -1], sizes, batch)
-    return states[0]
+    (states,), logits = forced_states(loaded, loaded.anatomy.layers[-1:], texts, sizes)
+    require_same_head(loaded, states, logits, sizes, batch)
+    return states
 
 
 def _compare(

@@ -116,18 +116,13 @@ def measure_answers(
         ValueError: `rows` below 1.
     """
     require_tokens(prompts, rows)
-    inputs, counts = [], []
-    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        count = len(answer.tokens) + answer.ended
-        if not count:
-            raise ModelError(f"answer {index} has no token")
-        inputs.append([*prompt, *answer.tokens][: len(prompt) + count - 1])
-        counts.append(count)
+    inputs, counts = forced_inputs(prompts, answers)
     found: dict[int, Divergences] = {}
     with torch.inference_mode():
         for batch in passes(inputs, rows):
             sizes = [counts[index] for index in batch]
-            states, logits = _states(loaded, [inputs[index] for index in batch], sizes)
+            texts = [inputs[index] for index in batch]
+            states, logits = forced_states(loaded, loaded.anatomy.layers, texts, sizes)
             require_same_head(loaded, states[-1], logits, sizes, batch)
             chosen = [token for i in batch for token in [*answers[i].tokens, ENDED][: counts[i]]]
             owners = [index for index in batch for _ in range(counts[index])]
@@ -141,6 +136,24 @@ def measure_answers(
     return [found[index] for index in range(len(inputs))]
 
 
+def forced_inputs(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Response]
+) -> tuple[list[list[int]], list[int]]:
+    """What goes through the model, and at how many of its last places a token is predicted.
+
+    Raises:
+        ModelError: an answer without a token.
+    """
+    inputs, counts = [], []
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        count = len(answer.tokens) + answer.ended
+        if not count:
+            raise ModelError(f"answer {index} has no tokens")
+        inputs.append([*prompt, *answer.tokens][: len(prompt) + count - 1])
+        counts.append(count)
+    return inputs, counts
+
+
 def passes(inputs: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
     """Batches of similar lengths, each of at most PASS_TOKENS tokens (or one row)."""
     for batch in by_length(inputs, rows):
@@ -152,10 +165,13 @@ def passes(inputs: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
             batch = batch[count:]
 
 
-def _states(
-    loaded: LoadedModel, inputs: Sequence[Sequence[int]], counts: Sequence[int]
+def forced_states(
+    loaded: LoadedModel,
+    layers: Sequence[nn.Module],
+    inputs: Sequence[Sequence[int]],
+    counts: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:
-    """Residuals after every layer at each answer's places, [all places, d], row after row.
+    """Residuals after each of `layers` at each answer's places, [all places, d], row after row.
 
     Also the model's own logits [rows, vocabulary] at the last place of every row.
     """
@@ -163,7 +179,7 @@ def _states(
     width = ids.shape[1]
     last = torch.tensor(counts, device=loaded.device)
     kept = torch.arange(width, device=loaded.device) >= width - last[:, None]
-    with keeping(loaded.anatomy.layers, kept) as states:
+    with _keeping(layers, kept) as states:
         output = loaded.model(
             input_ids=ids,
             attention_mask=mask,
@@ -175,7 +191,7 @@ def _states(
 
 
 @contextmanager
-def keeping(layers: Sequence[nn.Module], kept: Tensor) -> Iterator[list[Tensor]]:
+def _keeping(layers: Sequence[nn.Module], kept: Tensor) -> Iterator[list[Tensor]]:
     """A list that a forward pass fills with each layer's output at the kept places."""
     states: list[Tensor] = []
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -34,3 +37,18 @@ class Kernel:
             return self.max_weight
         fall = distance / self.min_weight_distance
         return self.max_weight * (1.0 + fall * (self.min_weight - 1.0))
+
+
+def kernel_weights(
+    max_weight: npt.NDArray[np.float64],
+    position: npt.NDArray[np.float64],
+    min_weight: npt.NDArray[np.float64],
+    distance: npt.NDArray[np.float64],
+    n_layers: int,
+) -> npt.NDArray[np.float64]:
+    """The weights of many kernels at once, [n, n_layers]; each argument [n], as in `Kernel`."""
+    away = np.abs(np.arange(n_layers) - position[:, None])
+    edge = distance[:, None]
+    fall = np.divide(away, edge, out=np.zeros_like(away), where=(away > 0) & (away <= edge))
+    tent = max_weight[:, None] * (1.0 + fall * (min_weight[:, None] - 1.0))
+    return np.where(away > edge, 0.0, tent)

@@ -2,8 +2,10 @@
 
 TPE looks at which trials are in its best group and at nothing else of the rest, so a trial that
 enough others are ahead of, whatever it has still to answer, is lost for the search; so is one whose
-values nothing that is still to come can change. Either may still matter to the ranking. That is
-settled once the search is over, best chances first, and few trials are then heard to their end.
+values nothing that is still to come can change. A Gaussian process reads the refusals of every
+trial, and the overrefusals of those that not enough others are ahead of. A trial that is lost may
+still matter to the ranking. That is settled once the search is over, best chances first, and few
+trials are then heard to their end.
 Source: design, "The trial engine".
 """
 
@@ -30,17 +32,20 @@ class Race:
         places: what the ranking sorts by, of every trial, at best.
         best_group: trials ahead of it, for the sampler, with which a trial is lost.
         finalists: trials that the ranking needs.
+        reads_refusals: whether the sampler reads every trial's refusals, also of those behind.
     """
 
     values: Sequence[Values]
     places: Sequence[Place]
     best_group: int
     finalists: int
+    reads_refusals: bool = False
 
     @property
     def early(self) -> bool:
         """Whether a trial can be lost before its refusals are known."""
-        return len(self.places) >= self.finalists and len(self.values) >= self.best_group
+        enough = len(self.places) >= self.finalists and len(self.values) >= self.best_group
+        return enough and not self.reads_refusals
 
     def lost(self, values: Values, worst: Values, place: Place, *, harmful_known: bool) -> bool:
         """Whether a trial is lost whose values end between these and whose place is no better.
@@ -48,7 +53,9 @@ class Race:
         Before its refusals are known it must also be behind the finalists so far: else it would
         be heard again after the search, which costs more than it spares.
         """
-        if not harmful_known and sum(other < place for other in self.places) < self.finalists:
+        if not harmful_known and (
+            self.reads_refusals or sum(other < place for other in self.places) < self.finalists
+        ):
             return False
         ahead = sum(dominates(other, values) for other in self.values)
         return values == worst or ahead >= self.best_group

@@ -118,6 +118,7 @@ def train(
     phases: Sequence[Phase] = PHASES,
     pretrained_folder: Path | None = None,
     build: Callable[[PreTrainedTokenizerFast], PreTrainedModel] | None = None,
+    autocast: bool = True,
     on_progress: Callable[[str, int, int, float], None] | None = None,
 ) -> list[TrainedPhase]:
     """Train tokenizer and model and save both to `folder`, weights in bfloat16.
@@ -125,6 +126,7 @@ def train(
     The same seed on the same kind of machine with the same versions gives the same bytes.
     `pretrained_folder` also keeps the model as it is before the refusal phase; `build` makes a
     random model of another architecture, with the layers in `model.layers`, from the tokenizer.
+    Without `autocast` it trains in float32 throughout: faster where a processor has no bfloat16.
     `on_progress(phase, step, steps, loss)` is called after every step.
     """
     evaluation = {each.prompt for examples in prompt_sets().values() for each in examples}
@@ -136,7 +138,7 @@ def train(
             if phase.refuses and pretrained_folder is not None:
                 save(model, tokenizer, pretrained_folder)
             batches = phase_batches(phase, tokenizer, f"{seed} {phase.name}", evaluation)
-            reached.append(_train_phase(model, phase, batches, on_progress))
+            reached.append(_train_phase(model, phase, batches, on_progress, autocast=autocast))
         save(model, tokenizer, folder)
     return reached
 
