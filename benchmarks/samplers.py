@@ -5,7 +5,8 @@
 
 Every arm searches every model once per seed, with the same prompts, labeller, token limit and
 number of trials; presets keep their own space, edit, sampler and objective, and start with as many
-random trials, as a share of their budget, as they do when released. The first arm is held against
+random trials, as a share of their budget, as they do when released. Search and selection use half of
+the organism's prompts, the test all of them; a response has 16 tokens. The first arm is held against
 each other one, seed by seed: by the first place of the search split, and by the winner on the test
 split, both in the strict order (gates, refusals, overrefusals, KL). A tie is a tie in all of them.
 
@@ -36,8 +37,18 @@ from flows.settings import load_config
 from tasks.stage import planning
 
 ARMS = ("strict", "heretic-1.4.0", "iconoclast-benchmark", "random-search")
-STARTUP = {"heretic-1.4.0": 60 / 200, "iconoclast-benchmark": 4 / 48, "strict": 16 / 48}
-SAME = ("judging.labeller=heretic-33", "judging.max_new_tokens=64", "selection.controls=[]")
+STARTUP = {"heretic-1.4.0": 60 / 200, "iconoclast-benchmark": 4 / 48, "strict": 8 / 48}
+SAME = (
+    "judging.labeller=heretic-33",
+    "judging.max_new_tokens=16",  # tells refusals of these models, which answer in 17 to 37 tokens
+    "selection.candidates=4",
+    "selection.controls=[]",
+    *(
+        f"prompts.{name}.{split}.split=train[:{n}]"
+        for split in ("search", "selection")
+        for name, n in (("harmful", 64), ("harmless", 64), ("borderline", 32))
+    ),
+)
 STORE = mid_model.CACHE / "samplers"
 Place = tuple[bool, int, int, float]
 Json = dict[str, Any]
