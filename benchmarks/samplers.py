@@ -5,10 +5,11 @@
 
 Every arm searches every model once per seed, with the same prompts, labeller, token limit and
 number of trials; presets keep their own space, edit, sampler and objective, and start with as many
-random trials, as a share of their budget, as they do when released. Search and selection use half of
-the organism's prompts, the test all of them; a response has 16 tokens. The first arm is held against
-each other one, seed by seed: by the first place of the search split, and by the winner on the test
-split, both in the strict order (gates, refusals, overrefusals, KL). A tie is a tie in all of them.
+random trials, as a share of their budget, as they do when released. Search and selection use half
+of the organism's prompts, the test all of them; a response has 16 tokens. The first arm is held
+against each other one, seed by seed: by the first place of the search split, and by the winner on
+the test split, both in the strict order (gates, refusals, overrefusals, KL). A tie is a tie in all
+of them.
 
 It asks how good the trials are, not how long they take, so it may run in company; what is stored is
 not run again.
