@@ -57,7 +57,7 @@ def propose(
             study.enqueue_trial(point)
     points = [study.ask(dimensions).params for _ in range(count - foreseen)]
     if foreseen:
-        from tasks.model_based import foresee
+        from tasks.surrogate_search import foresee
 
         points += foresee(
             search,

@@ -35,7 +35,7 @@ from tasks.stage import planning
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 600.0  # seconds; only a broken test ever waits this long
 # kill -9 at random moments, 100 in all: of runs by the command line, and on a Prefect server
-RUN_KILLS, SERVER_KILLS, WORKER_KILLS, FLOW_RUN_KILLS = 65, 15, 8, 12
+RUN_KILLS, SERVER_KILLS, WORKER_KILLS, FLOW_RUN_KILLS = 73, 15, 4, 8
 Place = tuple[str, str]  # kind and key
 MOUNTED = f"tribunal-faults-{os.getpid()}"  # the source of our mounts, for whoever tidies up
 

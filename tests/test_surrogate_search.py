@@ -14,8 +14,8 @@ from optuna.distributions import FloatDistribution
 from test_sampler import LAYERS, explored, outcome, preset
 
 from artifacts.specs import COMPONENTS, SearchSpec
-from tasks.model_based import candidates, effects, overrefusals_known
 from tasks.sampler import Trial, distributions, propose
+from tasks.surrogate_search import candidates, effects, overrefusals_known
 
 SPEC = preset("strict")
 SPACE = distributions(SPEC.space, LAYERS)
