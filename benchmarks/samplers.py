@@ -5,8 +5,8 @@
 
 Every arm searches every model once per seed, with the same prompts, labeller, token limit and
 number of trials; presets keep their own space, edit, sampler and objective, and start with as many
-random trials, as a share of their budget, as they do when released. Search and selection use half
-of the organism's prompts, the test all of them; a response has 16 tokens. The first arm is held
+random trials, as a share of their budget, as they do when released. The search uses half of the
+organism's prompts, selection and test all of them; a response has 16 tokens. The first arm is held
 against each other one, seed by seed: by the first place of the search split, and by the winner on
 the test split, both in the strict order (gates, refusals, overrefusals, KL). A tie is a tie in all
 of them.
@@ -42,11 +42,9 @@ STARTUP = {"heretic-1.4.0": 60 / 200, "iconoclast-benchmark": 4 / 48, "strict": 
 SAME = (
     "judging.labeller=heretic-33",
     "judging.max_new_tokens=16",  # tells refusals of these models, which answer in 17 to 37 tokens
-    "selection.candidates=4",
     "selection.controls=[]",
     *(
-        f"prompts.{name}.{split}.split=train[:{n}]"
-        for split in ("search", "selection")
+        f"prompts.{name}.search.split=train[:{n}]"
         for name, n in (("harmful", 64), ("harmless", 64), ("borderline", 32))
     ),
 )
