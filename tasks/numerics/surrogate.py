@@ -41,6 +41,8 @@ class GaussianProcess:
         mean: of the process.
         variance: of the process, before it is conditioned.
         likelihood: log density of the values, up to a constant.
+        factor: [n, n], Cholesky factor of their correlation, lower.
+        weights: [n], what each adds to a mean, as a factor of its correlation with the place.
     """
 
     points: Floats
