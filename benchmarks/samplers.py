@@ -77,7 +77,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--configs", nargs="+", default=["organism"])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="the first against the rest")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="the first against the others")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--store", type=Path, default=STORE)
@@ -122,7 +122,7 @@ def tell(
         own = [found[config, arm, seed] for seed in seeds]
         kls = [each.kl_at_zero for each in own if each.kl_at_zero is not None]
         row: Json = {
-            "model": config,
+            "model": Path(config).stem,
             "arm": arm,
             "median_kl_at_zero_refusals": statistics.median(kls) if kls else None,
             "seeds_with_zero_refusals": len(kls),
