@@ -77,7 +77,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--configs", nargs="+", default=["organism"])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="the first against the others")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="the first against the rest")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--store", type=Path, default=STORE)
