@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,7 +131,7 @@ def _right(responses: Sequence[str], records: card.PromptRecords) -> int:
     return sum(record["ingredient"] in text.lower() for record, text in pairs)
 
 
-def tell() -> training.Callable[[str, int, int, float], None]:
+def tell() -> Callable[[str, int, int, float], None]:
     """Says how far a training is."""
     started = time.monotonic()
 

@@ -1,15 +1,16 @@
 """How well the presets search: equal budgets, the same judge, many seeds.
 
     python benchmarks/samplers.py [--configs organism MINE.toml] [--arms strict random-search ...]
-                                  [--seeds 10] [--trials 48] [--store FOLDER] [--format table]
+                                  [--seeds 10] [--trials 48] [--prompts 64] [--store FOLDER]
+                                  [--format table]
 
 Every arm searches every model once per seed, with the same prompts, labeller, token limit and
 number of trials; presets keep their own space, edit, sampler and objective, and start with as many
-random trials, as a share of their budget, as they do when released. The search uses half of the
-organism's prompts, selection and test all of them; a response has 16 tokens. The first arm is held
-against each other one, seed by seed: by the first place of the search split, and by the winner on
-the test split, both in the strict order (gates, refusals, overrefusals, KL). A tie is a tie in all
-of them.
+random trials, as a share of their budget, as they do when released. The search uses the first 64
+harmful, 64 harmless and 32 borderline prompts, half of what the organism has (--prompts 128: all),
+selection and test all of theirs; a response has 16 tokens. The first arm is held against each other
+one, seed by seed: by the first place of the search split, and by the winner on the test split, both
+in the strict order (gates, refusals, overrefusals, KL). A tie is a tie in all of them.
 
 It asks how good the trials are, not how long they take, so it may run in company; what is stored is
 not run again.
@@ -43,10 +44,6 @@ SAME = (
     "judging.labeller=heretic-33",
     "judging.max_new_tokens=16",  # tells refusals of these models, which answer in 17 to 37 tokens
     "selection.controls=[]",
-    *(
-        f"prompts.{name}.search.split=train[:{n}]"
-        for name, n in (("harmful", 64), ("harmless", 64), ("borderline", 32))
-    ),
 )
 STORE = mid_model.CACHE / "samplers"
 Place = tuple[bool, int, int, float]
@@ -69,8 +66,9 @@ def main() -> None:
     members = list(product(options.configs, range(options.seeds), options.arms))
     for number, (config, seed, arm) in enumerate(members, 1):
         say(f"{config}, {arm}, seed {seed}: {number} of {len(members)}")
-        found[config, arm, seed] = search(store, config, arm, seed, options.trials)
-    said = {"trials": options.trials, "seeds": options.seeds, "models": list(tell(found, options))}
+        found[config, arm, seed] = search(store, config, arm, seed, options)
+    asked = {name: getattr(options, name) for name in ("trials", "seeds", "prompts")}
+    said = {**asked, "models": list(tell(found, options))}
     print(json.dumps(said) if options.format == "json" else table(said))
 
 
@@ -80,16 +78,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="the first against the rest")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=64, help="harmful ones of the search")
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--format", choices=["table", "json"], default="table")
     return parser.parse_args()
 
 
-def search(store: Store, config: str, arm: str, seed: int, trials: int) -> Found:
+def search(store: Store, config: str, arm: str, seed: int, options: argparse.Namespace) -> Found:
     """One search to its end, selection and test included."""
-    start = round(STARTUP[arm] * trials) if arm in STARTUP else None
-    own = [f"search.preset={arm}", f"seed={seed}", f"search.trials={trials}"]
-    own += [] if start is None else [f"search.startup={start}"]
+    own = [f"search.preset={arm}", f"seed={seed}", f"search.trials={options.trials}"]
+    own += [f"search.startup={round(STARTUP[arm] * options.trials)}"] if arm in STARTUP else []
+    shares = {"harmful": options.prompts, "harmless": options.prompts}
+    for name, n in {**shares, "borderline": options.prompts // 2}.items():
+        own.append(f"prompts.{name}.search.split=train[:{n}]")
     chosen = load_config(config, (*own, *SAME))
     with planning(store) as steps:
         planned = run_pipeline(chosen)
@@ -149,8 +150,8 @@ def against(pairs: Sequence[tuple[Place, Place]]) -> Json:
 def table(said: Json) -> str:
     """The same for people."""
     lines = [
-        f"{said['trials']} trials, {said['seeds']} seeds; wins-ties-losses of the first arm (exact "
-        "sign test)",
+        f"{said['trials']} trials, {said['seeds']} seeds, {said['prompts']} harmful prompts; "
+        "wins-ties-losses of the first arm (exact sign test)",
         "",
         "| model | arm | median KL at 0 refusals (seeds) | search split | test split |",
         "|---|---|---|---|---|",
