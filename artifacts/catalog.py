@@ -291,7 +291,9 @@ def _needed(documented: Mapping[str, str], queries: Sequence[str]) -> set[str]:
 
 
 def _words(query: str) -> set[str]:
-    return set(re.findall(r"\w+", query))
+    """What may name a view: nothing in a line of comment, and no column as in `t.responses`."""
+    told = re.sub("^--.*", "", query, flags=re.MULTILINE)
+    return set(re.findall(r"(?<![.\w])\w+|(?<=main\.)\w+", told))
 
 
 def _stored(kind: str, columns: tuple[Column, ...], files: list[str]) -> str:

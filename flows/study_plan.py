@@ -21,7 +21,7 @@ from artifacts.errors import ConfigError, TribunalError, one_line
 from artifacts.specs import Config, ExplicitSpec, Name, ParameterSet, Seed, Spec
 from artifacts.store import Store
 from flows.display import CONTROLS
-from flows.pipeline import Benchmark, title
+from flows.pipeline import Benchmark, run_pipeline, title
 from flows.settings import explain, find_file, load_config, read_toml, shipped
 from flows.study_statistics import (
     StatisticsSpec,
@@ -30,7 +30,7 @@ from flows.study_statistics import (
     models_as_sample,
     with_standing,
 )
-from tasks.stage import Reporter, Runtime, Silent, running
+from tasks.stage import Reporter, Runtime, Silent, planning, running
 
 COLUMNS = (
     "rank", "member", "study", "arm", "trial", "n_harmful", "refusals", "n_harmless",
@@ -211,6 +211,20 @@ def run_members(
         across_models=models_as_sample(ranked, left),
         budget=budgets(store, left, finished),
     )
+
+
+def stored_member(config: Config, store: Store) -> Benchmark:
+    """What the store holds of a member; runs nothing. A way to `run` for `run_members`.
+
+    Raises:
+        ConfigError: it is not finished.
+    """
+    with planning(store) as steps:
+        found = run_pipeline(config)
+    missing = sum(not step.cached for step in steps)
+    if missing:
+        raise ConfigError(f"not run to its end: {missing} of {len(steps)} artifacts are missing")
+    return found
 
 
 def said_by(error: Exception) -> str:

@@ -39,6 +39,22 @@ def test_a_query_finds_every_view_it_names_made(store: Store, view: str) -> None
         fetch(connection, "FROM trials")
 
 
+@pytest.mark.parametrize(
+    ("query", "made"),
+    [
+        ("FROM main.trials", True),
+        ('FROM "main"."trials"', True),
+        ("SELECT '--' FROM trials", True),
+        ("SELECT p.trials FROM prompts p", False),
+        ("-- of the trials\nFROM prompts", False),
+    ],
+)
+def test_only_views_that_a_query_names_are_made(store: Store, query: str, made: bool) -> None:
+    with catalog(store, query) as connection:
+        names = fetch(connection, "SELECT view_name FROM duckdb_views()").rows
+    assert (("trials",) in names) == made
+
+
 def test_every_column_has_a_meaning() -> None:
     assert all(len(c.meaning) > 5 for columns in VIEWS.values() for c in columns)
 

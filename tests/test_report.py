@@ -30,9 +30,10 @@ from flows.report.commands import refuse_to_replace, write_whole
 from flows.report.comparisons import differences_sheet, statistics_section
 from flows.report.contents import SPLITS, Contents, collect, state_of
 from flows.report.drawings import drawing
-from flows.report.page import MARK, page, render, visible
+from flows.report.html_file import MARK, visible
 from flows.report.plots import all_plots
 from flows.report.queries import text_of
+from flows.report.study_page import page, render
 
 HOSTILE = (
     "</script><script>document.title = 'owned'</script><img src=x onerror=alert(1)>"

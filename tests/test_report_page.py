@@ -15,7 +15,7 @@ from test_report import HOSTILE, finished
 
 from artifacts.store import Store
 from flows.report.contents import collect
-from flows.report.page import visible
+from flows.report.html_file import visible
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,8 +1,8 @@
-"""`tribunal report`: a study as one HTML file.
+"""`tribunal report`: a study, or a study plan, as one HTML file.
 
 The file is no artifact: all its numbers are stored, it says what the store holds now (rankings and
 openings go on), and it is made again in seconds. So it is written where the user says, whole or not
-at all, and no store is changed.
+at all. No store is changed, but for comparisons of a plan's winners that were not made yet.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from artifacts.errors import ConfigError
 from flows import display
-from flows.options import PairOption, TableOrJson, open_store
+from flows.options import PairOption, SetOption, TableOrJson, open_store
 
 StudyArgument = Annotated[
-    str | None, typer.Argument(metavar="STUDY", help="default: the newest study")
+    str | None,
+    typer.Argument(
+        metavar="STUDY",
+        help="a study's name, or a study plan's name or TOML file; default: the newest study",
+    ),
 ]
 OutOption = Annotated[
     Path, typer.Option("--out", "-o", metavar="FILE", help="the file; a report there is replaced")
@@ -38,39 +42,84 @@ ForceOption = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
     epilog = "Examples: tribunal report; tribunal report organism -o organism.html"
-    app.command(epilog=f"{epilog}; tribunal report --responses 200 --format json")(report)
+    epilog += "; tribunal report --responses 200 --format json"
+    app.command(epilog=f"{epilog}; tribunal report plan.toml -o plan.html")(report)
 
 
 def report(
     study: StudyArgument = None,
     out: OutOption = Path("report.html"),
     responses: ResponsesOption = 20,
+    overrides: SetOption = None,
     force: ForceOption = False,
     form: PairOption = TableOrJson.table,
 ) -> None:
     """Write a study as one HTML file: rankings, plots, responses, statistics, provenance, SQL.
 
-    The file loads nothing from anywhere, and its tables can be read without a script.
+    Of a study plan: its winners ranked together, who is tied with the first, costs. --set is what
+    `tribunal study` was given. The file loads nothing from anywhere, and its tables can be read
+    without a script.
     """
-    from flows.report.contents import collect
-    from flows.report.page import page
-
     refuse_to_replace(out, force)
-    with display.counting("report") as advance:
-        contents = collect(open_store(), study, responses, advance)
-        text = page(contents, advance)
-    name, written = contents.name, write_whole(out, text)
+    if study is not None and is_plan(study):
+        text, answer, said = _of_plan(study, overrides or [])
+    elif overrides:
+        raise ConfigError(f"--set is for study plans; '{overrides[0]}' changes nothing of a study")
+    else:
+        text, answer, said = _of_study(study, responses)
+    written = write_whole(out, text)
     if form is TableOrJson.json:
-        rows = {split: len(found) for split, found in contents.rankings.items()}
-        answer = {"study": name, "file": str(out), "bytes": written, "rows": rows}
-        typer.echo(json.dumps(answer | {"responses": len(contents.pairs)}, indent=1))
+        told = {"study": answer.pop("study"), "file": str(out), "bytes": written}
+        typer.echo(json.dumps(told | answer, indent=1))
         return
     console = display.console()
-    console.print(Text(f"wrote {out} ({written / 1e6:.1f} MB): {name}"), soft_wrap=True)
-    console.print(
-        f"  {len(contents.rankings['search'])} trials, {len(contents.pairs)} responses; open it in "
-        "any browser, no network is needed"
-    )
+    console.print(Text(f"wrote {out} ({written / 1e6:.1f} MB): {answer['study']}"), soft_wrap=True)
+    console.print(f"  {said}; open it in any browser, no network is needed")
+
+
+def is_plan(name: str) -> bool:
+    """Whether a name is a study plan's: a TOML file, or a shipped one."""
+    from flows.settings import shipped
+
+    return name.endswith(".toml") or name in shipped("studies")
+
+
+def _of_study(name: str | None, responses: int) -> tuple[str, dict[str, Any], str]:
+    """The file of a study, what to answer, and what to say."""
+    from flows.report.contents import collect
+    from flows.report.study_page import page
+
+    with display.counting("report") as advance:
+        contents = collect(open_store(), name, responses, advance)
+        text = page(contents, advance)
+    rows = {split: len(found) for split, found in contents.rankings.items()}
+    answer = {"study": contents.name, "rows": rows, "responses": len(contents.pairs)}
+    return text, answer, f"{rows['search']} trials, {len(contents.pairs)} responses"
+
+
+def _of_plan(name: str, overrides: list[str]) -> tuple[str, dict[str, Any], str]:
+    """The same of a study plan.
+
+    Raises:
+        ConfigError: it is the config of one benchmark, or no plan that is valid and was run.
+    """
+    from flows.report.plan_contents import collect_plan
+    from flows.report.plan_page import plan_page
+    from flows.settings import find_file, read_toml, shipped
+    from flows.study_plan import load_plan, said_by
+
+    file = find_file(name, shipped("studies"))
+    given = read_toml(file) if file else {}
+    if "model" in given:
+        study = given.get("name", "STUDY")
+        raise ConfigError(f"'{name}' is no study plan; its study by name: tribunal report {study}")
+    with display.counting("report") as advance:
+        contents = collect_plan(open_store(), load_plan(name), overrides, advance)
+        text = plan_page(contents, advance)
+    missing = {member: said_by(error) for member, error in contents.result.failed.items()}
+    finished, total = len(contents.result.finished), len(contents.members)
+    answer = {"study": contents.result.name, "finished": finished, "missing": missing}
+    return text, answer, f"{finished} of {total} members"
 
 
 def refuse_to_replace(file: Path, force: bool) -> None:
@@ -79,7 +128,7 @@ def refuse_to_replace(file: Path, force: bool) -> None:
     Raises:
         ConfigError: it is a folder, or a file that is no report and `force` is not given.
     """
-    from flows.report.page import MARK
+    from flows.report.html_file import MARK
 
     try:
         if file.is_dir():

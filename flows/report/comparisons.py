@@ -97,7 +97,7 @@ def comparisons_sheet(contents: Contents) -> Sheet:
                 *(sheets.words(row[name]) for name in ("a", "b", "split", "metric")),
                 sheets.count(row["n"]),
                 _difference(row),
-                _p(row["p_holm"]),
+                p_cell(row["p_holm"]),
                 sheets.words(row["verdict"]),
                 sheets.words(row["test"]),
             ]
@@ -113,7 +113,8 @@ def comparisons_sheet(contents: Contents) -> Sheet:
     return Sheet("comparisons", title, headings, lines, contents.sql["comparisons"], remarks)
 
 
-def _p(value: float | None) -> Cell:
+def p_cell(value: float | None) -> Cell:
+    """A p value."""
     small = value is not None and value < 0.001
     return Cell("< 0.001", value) if small else sheets.amount(value, ".3f")
 

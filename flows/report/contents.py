@@ -129,8 +129,8 @@ def collect(store: Store, name: str | None, responses: int, advance: Advance) ->
         budget_sheet(contents),
         model_sheet(contents, model),
         prompt_sheet(contents, prompts),
-        version_sheet(contents, versions),
-        artifact_sheet(contents, artifacts),
+        version_sheet(contents.sql, versions),
+        artifact_sheet(contents.sql, artifacts),
     ]
     contents.sheets = {sheet.name: sheet for sheet in made}
     return contents
@@ -348,7 +348,7 @@ def prompt_sheet(contents: Contents, rows: Sequence[Row]) -> Sheet:
     return Sheet("prompts", "Prompt sets", headings, lines, contents.sql["prompts"])
 
 
-def version_sheet(contents: Contents, rows: Sequence[Row]) -> Sheet:
+def version_sheet(sql: Mapping[str, str], rows: Sequence[Row]) -> Sheet:
     """Versions and devices."""
     names = ("tribunal", "python", "torch", "transformers", "device")
     headings = [*(Heading(name, words=True) for name in names), Heading("artifacts")]
@@ -364,10 +364,10 @@ def version_sheet(contents: Contents, rows: Sequence[Row]) -> Sheet:
         )
         for row in rows
     ]
-    return Sheet("versions", "Versions and devices", headings, lines, contents.sql["versions"])
+    return Sheet("versions", "Versions and devices", headings, lines, sql["versions"])
 
 
-def artifact_sheet(contents: Contents, rows: Sequence[Row]) -> Sheet:
+def artifact_sheet(sql: Mapping[str, str], rows: Sequence[Row]) -> Sheet:
     """Every artifact with its digest."""
     headings = [
         Heading("kind", words=True),
@@ -388,7 +388,7 @@ def artifact_sheet(contents: Contents, rows: Sequence[Row]) -> Sheet:
         )
         for row in rows
     ]
-    return Sheet("lineage", "Artifacts and digests", headings, lines, contents.sql["lineage"])
+    return Sheet("lineage", "Artifacts and digests", headings, lines, sql["lineage"])
 
 
 def finite(value: float | None) -> bool:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#767676"  # to be read on white and on black
-COLOURS = {"@blue": "#3a8fc7", "@orange": "#d9702a", "@green": "#1f9e78", "@grey": "#8a8a8a"}
+COLOURS = {
+    "@blue": "#3a8fc7", "@orange": "#d9702a", "@green": "#1f9e78", "@purple": "#bb5fae",
+    "@gold": "#b08d1e", "@grey": "#8a8a8a",
+}  # fmt: skip
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "x": "x", "triangle-up": "^", "star": "*"}
 DASHES = {"dot": ":", "dash": "--"}
 

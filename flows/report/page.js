@@ -79,9 +79,11 @@
   const figures = JSON.parse(source.textContent);
   const LIGHT = {
     ink: "#1b1d20", grid: "#dedfda", blue: "#0072b2", orange: "#d55e00", green: "#009e73", grey: "#85898e",
+    purple: "#aa4499", gold: "#a07c00",
   };
   const DARK = {
     ink: "#e6e6e2", grid: "#34383d", blue: "#56b4e9", orange: "#f09a52", green: "#3cc79b", grey: "#9aa0a6",
+    purple: "#e08fd0", gold: "#e6c34a",
   };
   const painted = (value, colours) => {
     if (typeof value === "string") return value[0] === "@" ? colours[value.slice(1)] || value : value;

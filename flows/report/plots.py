@@ -88,7 +88,7 @@ def plane(contents: Contents) -> Plot:
     if front:
         line = {"color": "@blue", "width": 1.5, "shape": "hv"}
         traces.append(_line(front, "kl", "refusals", "Pareto front", line))
-    log = _spans_decades([row["kl"] for row in rows])
+    log = spans_decades([row["kl"] for row in rows])
     frozen = [row for row in rows if row["trial"] == contents.winner]
     if frozen:
         traces.append(_star(frozen, "kl", "refusals"))
@@ -130,7 +130,7 @@ def history(contents: Contents, metric: str) -> Plot:
         line = {"color": "@orange", "width": 1.5, "shape": "hv"}
         traces.append(_line(best, "trial", metric, "best so far", line))
     is_kl = metric == "kl"
-    log = is_kl and _spans_decades([row["kl"] for row in rows])
+    log = is_kl and spans_decades([row["kl"] for row in rows])
     title = "KL by trial" if is_kl else "Refusals by trial"
     return Plot(
         f"history-{metric}", title, _filled(traces), "trial", KL if is_kl else metric, log_y=log
@@ -276,6 +276,6 @@ def _has(rows: Sequence[Row], part: str) -> bool:
     return any(finite(row[f"{part}_max_weight"]) for row in rows)
 
 
-def _spans_decades(values: Sequence[float]) -> bool:
+def spans_decades(values: Sequence[float]) -> bool:
     """Whether a logarithmic axis shows more: all positive, and over more than a decade."""
     return bool(values) and min(values) > 0 and max(values) > 10 * min(values)

@@ -7,6 +7,7 @@ reader can copy a text into `tribunal sql` and get the table's rows.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from artifacts.catalog import Table, fetch, query_text
@@ -14,7 +15,7 @@ from artifacts.catalog import Table, fetch, query_text
 if TYPE_CHECKING:
     import duckdb
 
-Value = str | int | None
+Value = str | int | Sequence[str] | None
 
 
 class Asked:
@@ -29,7 +30,7 @@ class Asked:
 def text_of(name: str, **values: Value) -> str:
     """The text of artifacts/sql/report/`name`.sql with its values as literals.
 
-    `$lineage` stands for the text of lineage.sql.
+    `$lineage` stands for the text that the value `lineage` names, lineage.sql by default.
 
     Raises:
         KeyError: the text names a value that is not given.
@@ -37,10 +38,18 @@ def text_of(name: str, **values: Value) -> str:
 
     def literal(found: re.Match[str]) -> str:
         if found[1] == "lineage":
-            return text_of("lineage", **values)
-        value = values[found[1]]
-        if value is None:
-            return "NULL"
-        return str(int(value)) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"
+            return text_of(str(values.get("lineage", "lineage")), **values)
+        return _literal(values[found[1]])
 
     return re.sub(r"\$([a-z]+)\b", literal, query_text(f"report/{name}"))
+
+
+def _literal(value: Value) -> str:
+    """A value as SQL has it; a list in brackets, for IN."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, int):
+        return str(int(value))
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return f"({', '.join(map(_literal, value))})"
