@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from flows.display import number
-from flows.report.contents import n_other
+from flows.report.contents import finite, n_other
 from flows.report.plan_contents import PlanContents, Row
 from flows.report.plots import KL, Plot, spans_decades
 
@@ -90,7 +90,7 @@ def winners(contents: PlanContents) -> Plot:
 
 
 def _all(contents: PlanContents) -> list[Row]:
-    return [row for row in contents.winners if row["kl"] is not None and row["n_harmful"]]
+    return [row for row in contents.winners if finite(row["kl"]) and row["n_harmful"]]
 
 
 def _looks(contents: PlanContents, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
