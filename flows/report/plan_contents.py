@@ -12,6 +12,7 @@ from typing import Any
 
 from artifacts.catalog import catalog
 from artifacts.errors import ConfigError
+from artifacts.specs import Config
 from artifacts.store import Ref, Store
 from flows import results
 from flows.display import number
@@ -80,7 +81,7 @@ def collect_plan(
         done += 1
         advance(done, steps)
 
-    def stored(config: Any) -> Benchmark:
+    def stored(config: Config) -> Benchmark:
         next_step()
         return stored_member(config, store)
 
