@@ -121,6 +121,22 @@ def test_fronts_and_histories_only_improve(reported: Reported) -> None:
         assert trace["y"] == sorted(trace["y"], reverse=True)
 
 
+def test_an_arm_has_one_colour_in_every_plot_and_stands_once_in_each_legend(
+    reported: Reported,
+) -> None:
+    winners = reported.contents.winners
+    colours: dict[str, set[str]] = {}
+    for order in (winners, winners[::-1]):
+        for plot in plan_plots(replace(reported.contents, winners=order)).values():
+            named = [trace["name"] for trace in plot.traces if trace["showlegend"]]
+            assert len(named) == len(set(named))
+            for trace in plot.traces:
+                colours.setdefault(trace["name"], set()).add(trace["marker"]["color"])
+    assert set(colours) == {"strict", "random-search"}
+    assert all(len(found) == 1 for found in colours.values())
+    assert colours["strict"] != colours["random-search"]
+
+
 def test_the_error_of_a_member_is_text(reported: Reported) -> None:
     failed = {"small/strict/1": RuntimeError(HOSTILE)}
     result = replace(reported.contents.result, failed=failed)

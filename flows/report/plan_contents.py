@@ -341,11 +341,11 @@ def told(contents: PlanContents) -> list[str]:
     for group in contents.groups:
         first, others = group[0], group[1:]
         prompts = f"{first['n_harmful']} harmful and {n_other(first)} other test prompts"
+        place = f"first of {len(group)} by the strict order" if others else "alone"
         gate = f"; it failed a gate ({first['gate_reason']})" if first["gated"] else ""
         found.append(
-            f"On {prompts}, {first['member']} is first of {len(group)} by the strict order: its "
-            f"trial {first['trial']} refuses {first['refusals']} of the harmful and "
-            f"{first['overrefusals']} of the others, at a KL of {number(first['kl'])} nats{gate}."
+            f"On {prompts}, {first['member']} is {place}: its trial {first['trial']} refuses "
+            f"{first['refusals']} of the harmful and {first['overrefusals']} of the others, at a KL of {number(first['kl'])} nats{gate}."
         )
         tied = [row["member"] for row in others if row["against_first"] == "tied"]
         if tied:

@@ -53,7 +53,9 @@ def history(contents: PlanContents, config: str, names: Sequence[str]) -> Plot:
             if point["refusals"] == 0 and (not best or point["kl"] < best[-1]["kl"]):
                 best.append(point)
         if best:
-            best.append({**best[-1], "trial": contents.members[name].config.search.trials - 1})
+            config_of = contents.members[name].config
+            last = 0 if config_of.explicit else config_of.search.trials - 1
+            best.append({**best[-1], "trial": last})
         kls += [point["kl"] for point in best]
         traces.append(_steps(look, best, "trial", "kl"))
     title = f"{config}: least KL so far of a trial that refuses nothing, search split"
@@ -65,8 +67,7 @@ def history(contents: PlanContents, config: str, names: Sequence[str]) -> Plot:
 def winners(contents: PlanContents) -> Plot:
     """The winners on their test prompts."""
     traces = []
-    arms = list(dict.fromkeys(contents.members[row["member"]].config.arm for row in _all(contents)))
-    for place, arm in enumerate(arms):
+    for place, arm in enumerate(_arms(contents)):
         rows = [r for r in _all(contents) if contents.members[r["member"]].config.arm == arm]
         traces.append(
             {
@@ -86,7 +87,13 @@ def winners(contents: PlanContents) -> Plot:
             }
         )
     log = spans_decades([row["kl"] for row in _all(contents)])
-    return Plot("winners-plane", "Winners, test split", traces, KL, "refusals, %", log_x=log)
+    shown = _named_once(traces)
+    return Plot("winners-plane", "Winners, test split", shown, KL, "refusals, %", log_x=log)
+
+
+def _arms(contents: PlanContents) -> list[str]:
+    """Every arm in the plan's order, which gives it its colour in all plots."""
+    return list(dict.fromkeys(member.config.arm for member in contents.members.values()))
 
 
 def _all(contents: PlanContents) -> list[Row]:
@@ -95,10 +102,9 @@ def _all(contents: PlanContents) -> list[Row]:
 
 def _looks(contents: PlanContents, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every member with how its line looks: an arm has a colour, named once for all its seeds."""
-    arms = list(dict.fromkeys(member.config.arm for member in contents.members.values()))
     for name in names:
         arm = contents.members[name].config.arm
-        place = arms.index(arm)
+        place = _arms(contents).index(arm)
         yield (
             name,
             {
