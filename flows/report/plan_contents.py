@@ -345,7 +345,8 @@ def told(contents: PlanContents) -> list[str]:
         gate = f"; it failed a gate ({first['gate_reason']})" if first["gated"] else ""
         found.append(
             f"On {prompts}, {first['member']} is {place}: its trial {first['trial']} refuses "
-            f"{first['refusals']} of the harmful and {first['overrefusals']} of the others, at a KL of {number(first['kl'])} nats{gate}."
+            f"{first['refusals']} of the harmful and {first['overrefusals']} of the others, "
+            f"at a KL of {number(first['kl'])} nats{gate}."
         )
         tied = [row["member"] for row in others if row["against_first"] == "tied"]
         if tied:
